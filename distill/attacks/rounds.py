@@ -1,0 +1,82 @@
+"""The default shape of an attack: rounds of choosing rows of the pool and asking about them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from distill.contracts import Apprentice, Oracle
+from distill.randomness import generator
+from distill.records import Answers, Examples, Queries, Reveals, TransferSet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class History:
+    """What was asked and answered so far: (n,) rows of the pool and their n answers; `answers` is None before any."""
+
+    rows: np.ndarray
+    answers: Answers | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class PoolAttack:
+    """Rounds around `select`, which a subclass overrides. An attack that makes its own inputs overrides `extract`.
+
+    Args:
+        rounds: The budget is spent in this many rounds of equal size.
+    """
+
+    requires: ClassVar[Reveals] = Reveals.LABEL
+    uses_teacher: ClassVar[bool] = True
+
+    def __init__(self, rounds: int = 1) -> None:
+        if rounds < 1:
+            raise ValueError(f"rounds is at least 1, not {rounds}")
+        self.rounds = rounds
+
+    def select(
+        self, pool: Examples, history: History, n: int, student: Apprentice, rng: np.random.Generator
+    ) -> np.ndarray:
+        """(at most n,) rows of the pool that are worth asking next; an empty array ends the attack."""
+        raise NotImplementedError
+
+    def extract(self, oracle: Oracle, pool: Examples, student: Apprentice, seed: int) -> TransferSet:
+        """See `distill.contracts.Attack`. Raises `BudgetExceeded` never: it asks for what is affordable."""
+        rng = generator(seed, "attack")
+        total = oracle.affordable()
+        history = History(np.empty(0, dtype=np.int64), None)
+        for ends in np.linspace(0, min(total, len(pool)), self.rounds + 1).round().astype(int)[1:]:
+            rows = self.select(pool, history, int(ends) - len(history), student, rng)
+            if not len(rows):
+                break
+            answers = oracle.ask(Queries.of_pool(pool, rows))
+            history = History(
+                np.concatenate([history.rows, rows]),
+                answers if history.answers is None else Answers.join([history.answers, answers]),
+            )
+        if len(history) < total:
+            log.warning("the attack ended after %d of %d affordable queries (pool: %d)", len(history), total, len(pool))
+        answers = history.answers or Answers(np.empty((0, oracle.classes), dtype=np.float32))
+        return TransferSet(
+            rows=history.rows,
+            posteriors=answers.posteriors,
+            logits=answers.logits,
+            pool=pool.fingerprint,
+            profile=str(oracle.profile),
+            note=f"{type(self).__name__} on {pool.name}",
+        )
+
+
+def random_rows(pool: Examples, n: int, rng: np.random.Generator) -> np.ndarray:
+    """(n,) distinct rows of the pool, every order equally likely; fewer where the pool is smaller.
+
+    A smaller n gives the first ones of a larger n, so budgets nest.
+    """
+    return rng.permutation(len(pool))[:n]

@@ -1,0 +1,239 @@
+"""From yaml to objects: where the configs lie, the schema of the plain keys, run identity and `build`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from distill.errors import DistillError, nearest
+
+_PACKAGE = Path(__file__).resolve().parent
+CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+
+IDENTITY_SCHEMA = 1  # raised when a change of code changes what the same configuration means
+# What the answers depend on, and what the student depends on besides.
+QUERY_GROUPS = ("data", "pool", "teacher", "defense", "access", "attack", "budget", "precision", "seed")
+STUDENT_GROUPS = ("recovery", "objective", "student", "training", "metric", "curve")
+# Keys that say where or how fast, not what; they are left out of every identity.
+NOT_IDENTITY = frozenset(
+    {
+        "root",
+        "workers",
+        "checkpoint_steps",
+        "log_steps",
+        "timeout_s",
+        "max_attempts",
+        "concurrency",
+        "authorized",
+        "api_key_env",
+    }
+)
+# Keys that name a file or folder by path: the identity takes what it holds instead.
+CONTENT_KEYS = frozenset({"path", "test_path", "model"})
+
+
+@dataclass
+class AccessConfig:
+    """What the API reveals and what the attacker is billed."""
+
+    profile: str = "probs"
+    top_k: int | None = None
+    usd_per_query: float = 0.0
+
+
+@dataclass
+class BudgetConfig:
+    """What the attacker may spend: at least one of the two."""
+
+    queries: int | None = None
+    usd: float | None = None
+
+
+@dataclass
+class RunConfig:
+    """Where and how, not what: nothing here changes a result."""
+
+    device: str = "auto"
+    workers: int = 0
+    threads: int | None = None
+    force: bool = False
+    progress: bool = True
+    export: str | None = None
+
+
+@dataclass
+class Config:
+    """The root. Component nodes are free-form here; `build` checks them against the class that they name."""
+
+    data: Any = MISSING
+    pool: Any = MISSING
+    teacher: Any = MISSING
+    defense: Any = MISSING
+    access: AccessConfig = field(default_factory=AccessConfig)
+    attack: Any = MISSING
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    recovery: Any = MISSING
+    objective: Any = MISSING
+    student: Any = MISSING
+    training: Any = MISSING
+    metric: Any = MISSING
+    tracker: Any = MISSING
+    curve: list[float] = field(default_factory=list)
+    precision: str = "no"
+    seed: int = 0
+    name: str = MISSING
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def build(node: Any, key: str, **context: Any) -> Any:
+    """Make the object that a config node describes, inner nodes first.
+
+    Args:
+        node: A mapping with a ``_target_`` (``package.module.Class``); lists and mappings without one are walked.
+        key: Where the node lies in the config, for messages.
+        **context: Further arguments for the outermost class, such as a seed.
+
+    Raises:
+        DistillError: The class does not exist or may not be named, or an option is unknown, missing or refused.
+    """
+    if isinstance(node, DictConfig):
+        node = OmegaConf.to_container(node, resolve=True, throw_on_missing=False)
+    if isinstance(node, list):
+        return [build(child, f"{key}.{i}") for i, child in enumerate(node)]
+    if not isinstance(node, Mapping):
+        return node
+    values = {str(name): build(child, f"{key}.{name}") for name, child in node.items() if name != "_target_"}
+    if "_target_" not in node:
+        return values
+    target = locate(node["_target_"], key)
+    values.update(context)
+    takes = {
+        name: parameter
+        for name, parameter in inspect.signature(target).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    any_option = len(takes) != len(inspect.signature(target).parameters)
+    title = target.__name__
+    for name in values:
+        if name not in takes and not any_option:
+            options = sorted(set(takes) - set(context))
+            raise DistillError(f"{title} has no option '{name}'; it takes {', '.join(options) or 'none'}", key)
+    for name, parameter in takes.items():
+        if values.get(name) == "???" or (parameter.default is inspect.Parameter.empty and name not in values):
+            raise DistillError(f"{title} needs it; set {key}.{name}=…", f"{key}.{name}")
+    try:
+        return target(**values)
+    except DistillError as error:
+        if error.key:
+            raise
+        raise _keyed(str(error), key, takes) from None
+    except (TypeError, ValueError) as error:
+        raise _keyed(str(error), key, takes) from error
+
+
+def _keyed(message: str, key: str, takes: Mapping[str, Any]) -> DistillError:
+    """A class says "lr is more than 0"; the user set `training.lr`."""
+    option, _, rest = message.partition(" ")
+    return DistillError(rest, f"{key}.{option}") if option in takes else DistillError(message, key)
+
+
+def locate(path: str, key: str) -> Any:
+    """The class or function at ``package.module.Name``; modules outside of distill need `DISTILL_ALLOW_TARGETS`."""
+    allowed = ("distill.", *(p for p in os.environ.get("DISTILL_ALLOW_TARGETS", "").split(",") if p))
+    if not path.startswith(allowed):
+        raise DistillError(
+            f"'{path}' is outside of distill; allow it with DISTILL_ALLOW_TARGETS={path.split('.')[0]}.", key
+        )
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise DistillError(f"cannot import {module_name}: {error}", key) from error
+    if name not in vars(module):
+        classes = [n for n, value in vars(module).items() if inspect.isclass(value) and value.__module__ == module_name]
+        raise DistillError(f"no '{name}' in {module_name}.{nearest(name, classes)}", key)
+    return vars(module)[name]
+
+
+def options_that(group: str, fits: Callable[[Any], bool]) -> list[str]:
+    """The options of a group whose classes satisfy a condition, for messages that name what would work."""
+    found = []
+    for path in sorted((CONFIG_DIR / group).glob("*.yaml")):
+        if fits(locate(str(OmegaConf.select(OmegaConf.load(path), "_target_")), group)):
+            found.append(path.stem)
+    return found
+
+
+# --- identity -------------------------------------------------------------------------------------------------------
+
+
+def identity(node: Any) -> Any:
+    """The part of a config that can change a result: no paths, no workers; a file stands for what it holds."""
+    if isinstance(node, DictConfig):
+        node = OmegaConf.to_container(node, resolve=True)
+    if isinstance(node, Mapping):
+        return {
+            str(name): _content(value) if name in CONTENT_KEYS else identity(value)
+            for name, value in sorted(node.items())
+            if name not in NOT_IDENTITY
+        }
+    if isinstance(node, (list, tuple)):
+        return [identity(child) for child in node]
+    return node
+
+
+def _content(value: Any) -> Any:
+    path = Path(value).expanduser() if isinstance(value, str) else None
+    if path is None or not path.exists():
+        return value
+    digest = hashlib.blake2b(digest_size=16)
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return f"content:{digest.hexdigest()}"
+
+
+def digest(value: Any, length: int = 8) -> str:
+    """The first hexadecimal digits of the hash of a JSON value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()[:length]
+
+
+def _select(config: Any, groups: tuple[str, ...]) -> dict[str, Any]:
+    return {"schema": IDENTITY_SCHEMA} | {group: identity(config[group]) for group in groups}
+
+
+def query_id(config: Any) -> str:
+    """Identifies a transfer set: everything that the answers depend on."""
+    return digest(_select(config, QUERY_GROUPS))
+
+
+def run_id(config: Any) -> str:
+    """Identifies a run: everything that its result depends on."""
+    return digest(_select(config, QUERY_GROUPS + STUDENT_GROUPS))
+
+
+OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True)
+OmegaConf.register_new_resolver("query_id", lambda *, _root_: query_id(_root_), replace=True)
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def cache_dir() -> Path:
+    """`DISTILL_CACHE`, by default the platform's cache folder."""
+    if path := os.environ.get("DISTILL_CACHE"):
+        return Path(path).expanduser().absolute()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("distill"))

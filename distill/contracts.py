@@ -1,0 +1,294 @@
+"""The contracts of the framework, on one page.
+
+A method is one class that fits one of these protocols, in a module of the room that the protocol names, with one yaml
+beside the room's others. Nothing is registered and nothing is inherited: the contract tests hold every class of every
+room against this page. Rooms lean on this page and on `distill.records`, never on one another.
+
+Who holds what: the provider holds the teacher and the defense; the attacker holds an `Oracle`, a pool and a student;
+the evaluation holds everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+
+from distill.randomness import KeyedRandom
+from distill.records import (
+    Answers,
+    Cost,
+    Dataset,
+    Examples,
+    Inputs,
+    InputSpec,
+    InterfaceProfile,
+    Queries,
+    Result,
+    Reveals,
+    TransferSet,
+)
+
+if TYPE_CHECKING:  # this page is read where torch is not loaded
+    import torch
+
+
+class Data(Protocol):
+    """`distill.data`: a labelled data set for the provider, and the test rows of the evaluation."""
+
+    def load(self) -> Dataset:
+        """Raises `MissingAsset` when the data is nowhere to be found, `DistillError` when it can't serve."""
+        ...
+
+
+class Pool(Protocol):
+    """`distill.data.pools`: unlabelled (or otherwise labelled) inputs that an attacker draws from."""
+
+    def load(self, data: Dataset) -> Examples:
+        """Inputs of the same spec as `data.spec`. Only `data.held_out` may be taken from `data`."""
+        ...
+
+
+# --- the provider's side --------------------------------------------------------------------------------------------
+
+
+class Teacher(Protocol):
+    """`distill.provider.teachers`: a model that answers queries.
+
+    Attributes:
+        output: What `predict` returns: LOGITS, PROBS or (one-hot) LABEL.
+        usd_per_query: What one answer really costs whoever calls it; 0 for a model of one's own.
+        remote: True where each answer is paid for or sent over a network.
+        rows_at_once: How many rows `predict` is handed between two writes to the cache: what a crash can lose.
+        parameters: Number of parameters, or None where it can't be known.
+        flops_per_query: Floating-point operations of one answer, or None.
+        fingerprint: Content hash of weights and preprocessing; known once `prepare` has returned.
+    """
+
+    output: Reveals
+    usd_per_query: float
+    remote: bool
+    rows_at_once: int
+    parameters: int | None
+    flops_per_query: float | None
+    fingerprint: str
+
+    def prepare(self, data: Dataset, trainer: Any, cache: Path) -> None:
+        """Load the model, or train it once with `trainer` (a `distill.training.Trainer`) and keep it under `cache`.
+
+        Several processes may do so at once.
+        """
+        ...
+
+    def predict(self, inputs: np.ndarray) -> np.ndarray:
+        """(n, classes) float32, row i for input i, the same whatever else is in the batch. Clean: no defense."""
+        ...
+
+    def latency_s(self, one: np.ndarray) -> float | None:
+        """Median seconds of one answer to one query, measured now; None where measuring costs money."""
+        ...
+
+
+class Defense(Protocol):
+    """`distill.provider.defenses`: a function of the clean answer and of what is known about the query.
+
+    It needs no teacher, so clean answers are computed once and every defense is applied to the same ones; and an
+    attacker who knows the defense can simulate it.
+
+    Attributes:
+        exposes: The richest profile that it lets through.
+        keeps_argmax: It claims that the label of every answer is the clean one. Checked on every batch in tests.
+        deterministic: It claims that a repeated query gets the same answer.
+        l1_budget: It claims that no answer moves further than this in L1 (at most 2), or None.
+    """
+
+    exposes: InterfaceProfile
+    keeps_argmax: bool
+    deterministic: bool
+    l1_budget: float | None
+
+    def query_info(self, inputs: np.ndarray) -> np.ndarray | None:
+        """(n, m) float32 that `perturb` needs to know of each query, computed once and cached; None for nothing."""
+        ...
+
+    def perturb(self, answers: Answers, info: np.ndarray | None, rng: KeyedRandom) -> Answers:
+        """The answers that are returned, a distribution in each row. Row i depends on row i of the arguments only."""
+        ...
+
+
+class Oracle(Protocol):
+    """The attacker's handle on a provider, and the only thing on the provider's side that an attack may touch.
+
+    Attributes:
+        profile: What the answers reveal.
+        classes: Number of classes.
+    """
+
+    profile: InterfaceProfile
+    classes: int
+
+    def ask(self, queries: Queries, *, partial: bool = False) -> Answers:
+        """Ask, pay and receive. Row i answers query i.
+
+        Raises:
+            BudgetExceeded: The budget does not afford all of them; nothing was asked or charged. With `partial`, the
+                affordable first ones are answered instead (possibly none).
+        """
+        ...
+
+    def affordable(self) -> int:
+        """How many more answers the budget pays for (a large number where it has no bound)."""
+        ...
+
+    def spent(self) -> Cost:
+        """What this attacker was billed so far."""
+        ...
+
+
+# --- the attacker's side --------------------------------------------------------------------------------------------
+
+
+class Apprentice(Protocol):
+    """What an attack is handed as `student`: it can train fresh students on what was asked so far.
+
+    Attributes:
+        class_names: The classes that it tells apart, which an API publishes.
+    """
+
+    class_names: tuple[str, ...]
+
+    def fit(self, transfer_set: TransferSet, pool: Examples) -> Predictor:
+        """A student trained from fresh weights, the same each time for the same transfer set."""
+        ...
+
+
+class Predictor(Protocol):
+    """A trained student."""
+
+    def predict(self, inputs: Inputs) -> np.ndarray:
+        """(n, classes) float32 logits."""
+        ...
+
+
+class Attack(Protocol):
+    """`distill.attacks`: what to ask.
+
+    Attributes:
+        requires: The poorest profile that it works with.
+        uses_teacher: False for a control that asks nothing.
+    """
+
+    requires: Reveals
+    uses_teacher: bool
+
+    def extract(self, oracle: Oracle, pool: Examples, student: Apprentice, seed: int) -> TransferSet:
+        """Spend what `oracle.affordable()` allows and return what was learnt.
+
+        Given the same answers it must ask the same queries: an interrupted run is continued by playing the answers
+        back.
+        """
+        ...
+
+
+class Recovery(Protocol):
+    """`distill.recovery`: how returned answers become training targets.
+
+    Attributes:
+        knows: What the attacker must know: "nothing", "the defense's name" or "the defense's code".
+    """
+
+    knows: str
+
+    def targets(self, transfer_set: TransferSet, knowledge: Mapping[str, Any]) -> TransferSet:
+        """The transfer set with `targets` set. `knowledge` holds what `knows` asks for and nothing else."""
+        ...
+
+
+class Objective(Protocol):
+    """`distill.objectives`: a distillation loss.
+
+    Attributes:
+        requires: The poorest profile that it makes sense with (a logit loss needs LOGITS or PROBS).
+    """
+
+    requires: Reveals
+
+    def prepare(self, transfer_set: TransferSet) -> Mapping[str, torch.Tensor]:
+        """The training targets as tensors whose first dimension is the row."""
+        ...
+
+    def loss(self, output: torch.Tensor, targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Scalar: the loss *summed* over the valid positions of this (micro-)batch; `output` is (n, classes) logits.
+
+        The loop divides by the global number of valid positions, so that batch size, gradient accumulation and the
+        number of processes do not change the result.
+        """
+        ...
+
+    def positions(self, targets: Mapping[str, torch.Tensor]) -> int:
+        """The number of valid positions in this batch (rows of a classifier, tokens of a language model)."""
+        ...
+
+
+class Features(Protocol):
+    """A column of n encoded inputs."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: torch.Tensor, /) -> dict[str, torch.Tensor]:
+        """The module's keyword arguments for these rows ((m,) int64): tensors whose first dimension is m."""
+        ...
+
+
+class Student(Protocol):
+    """`distill.students`: an architecture that can be built and fed. A teacher trained here is built from one too."""
+
+    def build(self, spec: InputSpec, classes: int) -> torch.nn.Module:
+        """Fresh (or pretrained) weights drawn from torch's global generator; ``module(**features)`` gives logits.
+
+        Raises `DistillError` where the architecture does not take such inputs. Pixels are scaled and normalised
+        inside the module, so that every bound outside of it is in pixel space.
+        """
+        ...
+
+    def encode(self, inputs: Inputs, spec: InputSpec) -> Features:
+        """The inputs as the module's keyword arguments; lazily where they don't fit in memory."""
+        ...
+
+
+# --- the evaluation -------------------------------------------------------------------------------------------------
+
+
+class Metric(Protocol):
+    """`distill.metrics`: one comparison of posteriors.
+
+    Attributes:
+        compares_with: "labels" (measures the teacher, the defended teacher and the student) or "teacher" (measures
+            how far the student and the returned answers are from the undefended teacher).
+        section: Where `result.json` keeps it: "accuracy", "calibration" or "fidelity".
+        higher_is_better: For each name that `measure` returns.
+    """
+
+    compares_with: ClassVar[str]
+    section: ClassVar[str]
+    higher_is_better: ClassVar[Mapping[str, bool]]
+
+    def measure(self, posteriors: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+        """`posteriors` (n, classes) against `reference`: (n,) labels or the teacher's (n, classes) posteriors."""
+        ...
+
+
+class Tracker(Protocol):
+    """`distill.trackers`: a view of a run, made from what its files hold. Its failures are warnings."""
+
+    def start(self, run_dir: Path, run_id: str, group: str, config: Mapping[str, Any]) -> None: ...
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """One row of `metrics.jsonl`."""
+        ...
+
+    def finish(self, result: Result | None) -> None:
+        """The end: `result` is None where the run failed."""
+        ...

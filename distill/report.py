@@ -1,0 +1,152 @@
+"""A table of finished runs, read from their files.
+
+python -m distill.report                      every run under outputs/
+python -m distill.report outputs/*-vs-rounding
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from distill.errors import DistillError
+from distill.launch import SWEEP_FILE, one_line_errors
+from distill.records import Result, TransferSet
+
+log = logging.getLogger(__name__)
+
+# Columns of the comparing table: title and how to read it from a result.
+AXES = ("data", "teacher", "attack", "defense", "access", "recovery", "objective", "student", "metric")
+NUMBERS: dict[str, Any] = {
+    "teacher acc": lambda r: r.accuracy["teacher"]["accuracy"],
+    "defended acc": lambda r: r.accuracy["defended_teacher"]["accuracy"],
+    "student acc": lambda r: r.accuracy["student"]["accuracy"],
+    "agreement": lambda r: r.fidelity["agreement"],
+    "KL": lambda r: r.fidelity["kl"],
+    "mean L1": lambda r: r.utility["l1_mean"],
+    "queries": lambda r: r.cost["queries"],
+    "usd": lambda r: r.cost["usd"],
+}
+
+
+def load_runs(places: list[Path]) -> dict[Path, Result]:
+    """The results at or below these folders; damaged ones are named in a warning and left out."""
+    found: dict[Path, Result] = {}
+    for place in places:
+        for path in sorted(place.rglob("result.json")):
+            try:
+                found[path.parent] = Result.load(path)
+            except DistillError as error:
+                log.warning("%s", error)
+    return found
+
+
+def _number(title: str, result: Result) -> str:
+    try:
+        value = NUMBERS[title](result)
+    except KeyError:
+        return "–"  # the run did not measure it
+    if title == "queries":
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if title == "usd" else f"{value:.4f}"
+
+
+def comparison(runs: dict[Path, Result]) -> Table:
+    """One row a run: what differs between the runs, the numbers, and the run's id. n of every number: the test rows."""
+    results = list(runs.values())
+    axes = [axis for axis in AXES if len({r.choices.get(axis) for r in results}) > 1]
+    keys = [key for key in ("queries", "usd") if len({r.config["budget"][key] for r in results}) > 1]
+    seeds = len({r.seed for r in results}) > 1
+    rows = sorted({r.test_rows for r in results})
+    table = Table(box=box.SIMPLE_HEAD, caption=f"n = {', '.join(map(str, rows))} test rows; seed{'s' * seeds} "
+                  f"{', '.join(map(str, sorted({r.seed for r in results})))}")  # fmt: skip
+    for title in [*axes, *(f"budget {key}" for key in keys), *(["seed"] if seeds else [])]:
+        table.add_column(title)
+    for title in NUMBERS:
+        table.add_column(title, justify="right")
+    table.add_column("run")
+    for run_dir, result in runs.items():
+        row = [result.choices.get(axis, "–") for axis in axes]
+        row += [str(result.config["budget"][key]) for key in keys] + ([str(result.seed)] if seeds else [])
+        table.add_row(*row, *(_number(title, result) for title in NUMBERS), run_dir.name)
+    return table
+
+
+def show_runs(places: list[Path]) -> None:
+    """Print the comparing table of the finished runs at or below these folders."""
+    runs = load_runs(places)
+    if not runs:
+        raise DistillError(f"no result.json under {', '.join(map(str, places))}; make a run first", "report")
+    _console().print(comparison(runs))
+
+
+def show_result(run_dir: Path) -> None:
+    """Print the small table at the end of a run, where it lies and what to try next."""
+    result = Result.load(run_dir / "result.json")
+    title = f"{result.choices['attack']} vs {result.choices['defense']} on {result.choices['data']}"
+    if SWEEP_FILE in os.environ:  # a sweep ends with one table for all
+        log.info("%s: agreement %s (%s)", title, _number("agreement", result), _short(run_dir))
+        return
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for name in NUMBERS:
+        table.add_row(name, _number(name, result))
+    table.add_row("teacher forwards", f"{result.cost['teacher_forwards']:,}")
+    for who, size in result.sizes.items():
+        if size["parameters"] is not None:
+            table.add_row(f"{who} parameters", f"{size['parameters']:,}")
+    table.add_row("seconds", f"{result.cost['seconds']:.1f}")
+    console = _console()
+    console.print(f"\n{title}")
+    console.print(table)
+    for flag in result.flags:
+        console.print(f"note: {flag}", soft_wrap=True)
+    console.print(f"n = {result.test_rows} test rows, seed {result.seed}; run: {_short(run_dir)}", soft_wrap=True)
+    if (experiment := result.choices.get("experiment", "None")) != "None":
+        console.print(
+            f"next: python -m distill.train +experiment={experiment} -m "
+            "defense=none,rounding,gaussian_noise,label_only",
+            soft_wrap=True,
+        )
+
+
+def show_query(folder: Path, transfer_set: TransferSet, cost: dict[str, float]) -> None:
+    """Print what a query stage left and what it cost."""
+    _console().print(
+        f"{len(transfer_set):,} answers (reveals: {transfer_set.profile}) for {cost['usd']:.2f} usd, "
+        f"{cost['teacher_forwards']:,} teacher forwards: {_short(folder / 'transfer_set')}",
+        soft_wrap=True,
+    )
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _console() -> Console:
+    """Piped into a file or a notebook, whatever these say of colours, a table is plain and not folded to 80 columns."""
+    terminal = sys.stdout.isatty()
+    return Console(highlight=False, force_terminal=terminal, no_color=not terminal, width=None if terminal else 180)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m distill.report", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("places", nargs="*", type=Path, default=[Path("outputs")], metavar="FOLDER")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with one_line_errors():
+        show_runs(arguments.places)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Every class of every room against the contracts, and the door on the objects of a real experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_one_door
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from toys import SPEC, a_pool, a_provider
+
+from distill import contracts
+from distill.config import CONFIG_DIR, build
+from distill.errors import DistillError
+from distill.experiment import Experiment, make_trainer
+from distill.provider.oracle import serve
+from distill.provider.teachers.torch_classifier import TorchClassifier
+from distill.query import query
+from distill.records import Budget, Examples, InterfaceProfile, Queries, Reveals, TransferSet, one_hot
+
+CLASSES = 4
+NAMES = tuple("abcd")
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def made(group: str, option: str) -> Any:
+    return build(yaml.safe_load((CONFIG_DIR / group / f"{option}.yaml").read_text()), group)
+
+
+def members(protocol: type) -> set[str]:
+    """The attributes and methods that a protocol asks for."""
+    return {name for name in {*vars(protocol), *protocol.__annotations__} if not name.startswith("_")}
+
+
+class Still:
+    """An apprentice that is never needed."""
+
+    class_names = NAMES
+
+    def fit(self, transfer_set: TransferSet, pool: Examples) -> Any:
+        raise AssertionError("this attack trains nothing on the way")
+
+
+def labelled(rows: int) -> Examples:
+    pool = a_pool(rows)
+    return Examples(pool.inputs, SPEC, np.arange(rows) % CLASSES, NAMES, "toy")
+
+
+def extracted(attack: Any, tmp_path: Path, pool: Examples, queries: int, **changes: Any) -> tuple[TransferSet, Any]:
+    provider = a_provider(tmp_path, budget=Budget(queries=queries), **changes)
+    with serve(provider) as oracle:
+        return attack.extract(oracle, pool, Still(), 0), provider
+
+
+@pytest.mark.parametrize("option", options("attack"))
+@pytest.mark.parametrize("queries", [1, CLASSES, 30, 31])
+def test_an_attack_spends_what_it_may_and_no_more(option: str, queries: int, tmp_path: Path) -> None:
+    attack = made("attack", option)
+    assert members(contracts.Attack) <= set(dir(attack))
+    pool = labelled(30)
+    transfer_set, provider = extracted(attack, tmp_path, pool, queries)
+    assert provider.cost().queries == (min(queries, 30) if attack.uses_teacher else 0)
+    assert len(transfer_set) == min(queries, 30)
+    assert transfer_set.pool == pool.fingerprint
+    assert transfer_set.posteriors.shape == (len(transfer_set), CLASSES)
+    np.testing.assert_allclose(transfer_set.posteriors.sum(axis=1), 1, atol=1e-5)
+    again, _ = extracted(attack, tmp_path / "again", pool, queries)
+    np.testing.assert_array_equal(again.rows, transfer_set.rows)
+    np.testing.assert_array_equal(again.posteriors, transfer_set.posteriors)
+
+
+@pytest.mark.parametrize("option", options("attack"))
+def test_an_attack_works_with_what_it_says_it_requires(option: str, tmp_path: Path) -> None:
+    attack = made("attack", option)
+    top_k = 2 if attack.requires is Reveals.TOP_K else None
+    transfer_set, _ = extracted(attack, tmp_path, labelled(20), 10, access=InterfaceProfile(attack.requires, top_k))
+    assert len(transfer_set) == 10
+
+
+def test_controls_take_the_very_rows_that_the_random_attack_asks_about(tmp_path: Path) -> None:
+    pool = labelled(40)
+    rows = [
+        extracted(made("attack", option), tmp_path / option, pool, 15)[0].rows
+        for option in ("knockoff_random", "copycat", "ground_truth_labels", "no_teacher")
+    ]
+    for other in rows[1:]:
+        np.testing.assert_array_equal(other, rows[0])
+
+
+def test_ground_truth_of_other_classes_is_refused(tmp_path: Path) -> None:
+    pool = Examples(a_pool(10).inputs, SPEC, np.arange(10) % CLASSES, tuple("wxyz"), "other")
+    with pytest.raises(DistillError, match="labelled with the teacher's classes"):
+        extracted(made("attack", "ground_truth_labels"), tmp_path, pool, 5)
+    truth, _ = extracted(made("attack", "ground_truth_labels"), tmp_path, labelled(10), 5)
+    np.testing.assert_array_equal(truth.posteriors, one_hot(truth.rows % CLASSES, CLASSES))
+
+
+def some_answers(logits: bool = False) -> TransferSet:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(20, CLASSES)).astype(np.float32)
+    posteriors = torch.from_numpy(scores).softmax(1).numpy()
+    return TransferSet(np.arange(20), posteriors, logits=scores if logits else None, pool="p", profile="probs")
+
+
+@pytest.mark.parametrize("option", options("recovery"))
+def test_a_recovery_sets_targets_that_are_distributions(option: str) -> None:
+    recovery = made("recovery", option)
+    assert members(contracts.Recovery) <= set(dir(recovery))
+    assert recovery.knows in ("nothing", "the defense's name", "the defense's code")
+    given = some_answers(logits=True)
+    recovered = recovery.targets(given, {})
+    assert recovered.targets is not None
+    np.testing.assert_allclose(recovered.targets.sum(axis=1), 1, atol=1e-5)
+    assert given.targets is None, "the transfer set that was paid for stays as it is"
+    if option == "top1":
+        np.testing.assert_array_equal(recovered.targets, one_hot(given.posteriors.argmax(axis=1), CLASSES))
+
+
+@pytest.mark.parametrize("option", options("objective"))
+@pytest.mark.parametrize("logits", [False, True])
+def test_an_objective_is_a_sum_over_rows(option: str, logits: bool) -> None:
+    objective = made("objective", option)
+    assert members(contracts.Objective) <= set(dir(objective))
+    targets = objective.prepare(made("recovery", "as_returned").targets(some_answers(logits), {}))
+    output = torch.randn(20, CLASSES, generator=torch.Generator().manual_seed(0))
+    whole = objective.loss(output, targets)
+    parts = [
+        objective.loss(output[part], {name: value[part] for name, value in targets.items()})
+        for part in (slice(0, 7), slice(7, 20))
+    ]
+    assert torch.isclose(whole, sum(parts), rtol=1e-5)
+    assert objective.positions(targets) == 20
+    assert torch.isfinite(whole)
+
+
+@pytest.mark.parametrize(
+    ("group", "protocol"),
+    [("defense", contracts.Defense), ("metric", contracts.Metric), ("student", contracts.Student),
+     ("tracker", contracts.Tracker), ("data", contracts.Data), ("pool", contracts.Pool)],
+)  # fmt: skip
+def test_classes_have_what_their_contract_asks_for(group: str, protocol: type) -> None:
+    for option in options(group):
+        node = yaml.safe_load((CONFIG_DIR / group / f"{option}.yaml").read_text())
+        if "???" in node.values():  # it needs something of the user; its class has the methods all the same
+            from distill.config import locate
+
+            assert members(protocol) <= set(dir(locate(node["_target_"], group))), option
+        else:
+            assert members(protocol) <= set(dir(build(node, group))), option
+
+
+def test_a_teacher_has_what_its_contract_asks_for() -> None:
+    """The attributes that `prepare` sets are there after it, on a real teacher."""
+    experiment = an_experiment(Path("."))
+    assert members(contracts.Teacher) <= set(dir(experiment.teacher))
+
+
+def an_experiment(queries: Path, *overrides: str) -> Experiment:
+    words = ["+experiment=quickstart", "budget.queries=60", "training.epochs=2", "run.progress=false", *overrides]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        config = compose("train", overrides=words, return_hydra_config=True)
+    choices = {name: str(option) for name, option in config.hydra.runtime.choices.items()}
+    return Experiment.build(config, make_trainer(config), choices, queries)
+
+
+def test_the_attackers_real_objects_do_not_lead_behind_the_door(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `distill.train` hands to an attack, a recovery, an objective and a student, after a real extraction."""
+    monkeypatch.setattr(test_one_door, "FORBIDDEN", (*test_one_door.FORBIDDEN, TorchClassifier))
+    experiment = an_experiment(tmp_path, "defense=gaussian_noise")
+    transfer_set, _ = query(experiment)
+    student = experiment.students.fit(transfer_set, experiment.pool)
+    clean = experiment.provider.clean(experiment.pool.inputs[transfer_set.rows])
+    handed = {
+        "apprentice": experiment.students,
+        "attack": experiment.attack,
+        "pool": experiment.pool.inputs,
+        "transfer_set": transfer_set,
+        "history": student.history,
+        "spec": student.spec,
+    }
+    handed["apprentice"].trainer._accelerator = None  # accelerate's own state: large, and made before any teacher
+    assert test_one_door.leaks(handed, clean) == []
+    assert test_one_door.leaks({"provider": experiment.provider}, clean), "the walk would have found one"
+
+
+@pytest.mark.parametrize("option", options("attack"))
+def test_real_attacks_on_real_answers(option: str, tmp_path: Path) -> None:
+    experiment = an_experiment(tmp_path, f"attack={option}")
+    _, cost = query(experiment)
+    assert cost["queries"] == (60 if experiment.attack.uses_teacher else 0)
+    if option == "knockoff_random":
+        with serve(experiment.provider) as oracle:
+            assert oracle.affordable() == 0
+            with pytest.raises(DistillError, match="affords only 0"):
+                oracle.ask(Queries.of_pool(experiment.pool, np.arange(1)))

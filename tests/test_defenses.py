@@ -1,0 +1,219 @@
+"""The defenses: what they claim holds on random and on degenerate posteriors, whatever the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.contracts import Defense
+from distill.errors import DistillError
+from distill.provider.defenses.chain import Chain
+from distill.provider.defenses.gaussian_noise import GaussianNoise
+from distill.provider.defenses.label_only import LabelOnly
+from distill.provider.defenses.none import NoDefense
+from distill.provider.defenses.rounding import Rounding
+from distill.provider.defenses.temperature import Temperature
+from distill.provider.defenses.top_k import TopK
+from distill.randomness import KeyedRandom
+from distill.records import Answers, InterfaceProfile, Reveals, content_keys, keep_top_k, softmax
+
+
+class Shift:
+    """Uses query information, and has an L1 budget: moves this share of the mass to the class that the query names."""
+
+    exposes = InterfaceProfile(Reveals.PROBS)
+    keeps_argmax = False
+    deterministic = True
+
+    def __init__(self, share: float, columns: int = 1) -> None:
+        self.share, self.columns, self.l1_budget = share, columns, 2 * share
+
+    def query_info(self, inputs: np.ndarray) -> np.ndarray | None:
+        return np.repeat(inputs[:, :1], self.columns, axis=1)
+
+    def perturb(self, answers: Answers, info: np.ndarray | None, rng: KeyedRandom) -> Answers:
+        assert info is not None
+        assert info.shape == (len(answers), self.columns)
+        moved = answers.posteriors * np.float32(1 - self.share)
+        moved[np.arange(len(answers)), info[:, -1].astype(int) % answers.classes] += np.float32(self.share)
+        return Answers(moved)
+
+
+DEFENSES: dict[str, Defense] = {
+    "none": NoDefense(),
+    "label_only": LabelOnly(),
+    "top_1": TopK(1),
+    "top_2": TopK(2),
+    "rounding_1": Rounding(1),
+    "rounding_3": Rounding(3),
+    "gaussian_noise": GaussianNoise(),
+    "loud_noise": GaussianNoise(10.0),
+    "hot": Temperature(4.0),
+    "very_hot": Temperature(1e9),
+    "cold": Temperature(0.01),
+    "chain": Chain([Temperature(2.0), Rounding(1)]),
+    "noisy_chain": Chain([GaussianNoise(), GaussianNoise(), TopK(2)]),
+    "informed_chain": Chain([Shift(0.1), NoDefense(), Shift(0.2, columns=3)]),
+}
+ONE_F32_STEP = 2.0**-23
+
+
+def posteriors(classes: int, rows: int = 200) -> np.ndarray:
+    """Flat and peaked random rows, one-hot ones, uniform ones, ties, exact zeros and neighbours in float32."""
+    random = np.random.default_rng(classes)
+    flat, peaked = (random.dirichlet(np.full(classes, alpha), size=rows) for alpha in (1.0, 0.05))
+    tied = np.round(flat, 1) + 0.1
+    tied[:, 0] = tied[:, -1] = tied.max(axis=1)
+    sparse = flat * (random.random(flat.shape) < 0.3) + 1e-12 * np.eye(classes)[0]
+    near = np.full((classes, classes), 1 / classes, np.float32)
+    np.fill_diagonal(near, np.nextafter(np.float32(1 / classes), np.float32(1)))
+    every = [flat, peaked, np.eye(classes), np.full((1, classes), 1 / classes), tied, sparse]
+    every = [kind / kind.sum(axis=1, keepdims=True) for kind in every]
+    return np.concatenate([*every, near]).astype(np.float32)
+
+
+def perturbed(defense: Defense, clean: Answers, repeat: int = 0, rows: np.ndarray | None = None) -> Answers:
+    """Through the defense, with the inputs that numbers stand for; `rows` are asked in that order."""
+    rows = np.arange(len(clean)) if rows is None else rows
+    inputs = rows[:, None].astype(np.float32)
+    rng = KeyedRandom(5, content_keys(inputs), np.full(len(rows), repeat))
+    return defense.perturb(clean[rows], defense.query_info(inputs), rng)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+@pytest.mark.parametrize("name", DEFENSES)
+def test_what_a_defense_claims_holds(name: str, classes: int) -> None:
+    defense = DEFENSES[name]
+    clean = Answers(posteriors(classes))
+    before = clean.posteriors.copy()
+    answers = perturbed(defense, clean)
+    np.testing.assert_array_equal(clean.posteriors, before)  # the cache's rows are not touched
+    assert answers.posteriors.dtype == np.float32
+    assert answers.posteriors.shape == clean.posteriors.shape
+    assert np.isfinite(answers.posteriors).all()
+    assert (answers.posteriors >= 0).all()
+    np.testing.assert_allclose(answers.posteriors.sum(axis=1, dtype=np.float64), 1, atol=1e-5)
+    if defense.keeps_argmax:
+        np.testing.assert_array_equal(answers.labels, clean.labels)
+    if defense.l1_budget is not None:
+        moved = np.abs(answers.posteriors.astype(np.float64) - clean.posteriors).sum(axis=1)
+        assert moved.max() <= defense.l1_budget + 1e-5
+    if defense.exposes.top_k is not None:
+        assert ((answers.posteriors > 0).sum(axis=1) <= defense.exposes.top_k).all()
+    if defense.exposes.reveals is Reveals.LABEL:
+        assert ((answers.posteriors == 0) | (answers.posteriors == 1)).all()
+    again = perturbed(defense, clean, repeat=1)
+    assert np.array_equal(again.posteriors, answers.posteriors) == defense.deterministic or name == "top_1"
+
+
+@pytest.mark.parametrize("name", ["gaussian_noise", "loud_noise", "noisy_chain"])
+def test_claims_that_are_not_made_would_be_false(name: str) -> None:
+    clean = Answers(posteriors(10))
+    assert (perturbed(DEFENSES[name], clean).labels != clean.labels).any()
+    assert not DEFENSES[name].keeps_argmax
+
+
+@settings(max_examples=40, deadline=None)
+@given(name=st.sampled_from(sorted(DEFENSES)), cuts=st.sets(st.integers(1, 120), max_size=6), seed=st.integers(0, 99))
+def test_an_answer_does_not_depend_on_its_batch(name: str, cuts: set[int], seed: int) -> None:
+    clean = Answers(posteriors(10, rows=30))
+    whole = perturbed(DEFENSES[name], clean).posteriors
+    order = np.random.default_rng(seed).permutation(len(clean))
+    for rows in np.split(order, sorted(cuts)):
+        if len(rows):
+            got = perturbed(DEFENSES[name], clean, rows=rows).posteriors
+            np.testing.assert_array_equal(got, whole[rows])
+
+
+@pytest.mark.parametrize(
+    ("defense", "clean", "expected"),
+    [
+        (NoDefense(), [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]),
+        (LabelOnly(), [0.2, 0.4, 0.4], [0, 1, 0]),
+        (TopK(1), [0.5, 0.3, 0.2], [1, 0, 0]),
+        (TopK(2), [0.2, 0.3, 0.5], [0, 0.375, 0.625]),
+        (TopK(2), [0.2, 0.4, 0.2, 0.2], [1 / 3, 2 / 3, 0, 0]),
+        (Rounding(1), [0.52, 0.33, 0.15], [0.5 / 1.0, 0.3 / 1.0, 0.2 / 1.0]),
+        (Rounding(1), [0.84, 0.08, 0.08], [0.8, 0.1, 0.1]),
+        (Rounding(1), [0.94, 0.03, 0.03], [1, 0, 0]),
+        (Rounding(2), [0.126, 0.128, 0.746], [0.13 / 1.01, 0.13 / 1.01, 0.75 / 1.01]),
+        (Rounding(1), [0.04] * 25, [0.04] * 25),
+        (GaussianNoise(0.0), [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]),
+        (Temperature(1.0), [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]),
+        (Temperature(2.0), [0.64, 0.36, 0.0], [0.8 / 1.4, 0.6 / 1.4, 0]),
+        (Temperature(0.5), [0.6, 0.4], [0.36 / 0.52, 0.16 / 0.52]),
+        (Chain([Temperature(2.0), Rounding(1)]), [0.64, 0.36, 0.0], [0.6, 0.4, 0]),
+        (Chain([Rounding(1), Temperature(2.0)]), [0.64, 0.36, 0.0], [0.550510, 0.449490, 0]),
+    ],
+)
+def test_hand_computed_values(defense: Defense, clean: list[float], expected: list[float]) -> None:
+    got = perturbed(defense, Answers(np.array([clean], np.float32))).posteriors[0]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_top_k_keeps_labels_that_renormalising_would_tie() -> None:
+    random = np.random.default_rng(0)
+    rows = np.stack([random.uniform(low, high, 500) for low, high in ((0.19, 0.2),) * 2 + ((0.14, 0.16),) * 3], axis=1)
+    rows = rows.astype(np.float32)
+    rows[:, 1] = np.nextafter(rows[:, 0], np.float32(1))
+    clean = Answers(rows)
+    assert (keep_top_k(rows, 4).argmax(axis=1) != 1).any()
+    assert (perturbed(TopK(4), clean).labels == 1).all()
+
+
+def test_rounding_breaks_ties_towards_the_clean_label_by_one_step() -> None:
+    clean = Answers(np.array([[0.33, 0.33, 0.34], [0.03, 0.05, 0.92]], np.float32))
+    answers = perturbed(Rounding(1), clean)
+    assert answers.labels.tolist() == [2, 2]
+    np.testing.assert_allclose(answers.posteriors[0], 1 / 3, atol=ONE_F32_STEP)
+
+
+def test_temperature_is_that_of_the_softmax() -> None:
+    logits = np.random.default_rng(0).normal(size=(50, 10)).astype(np.float32) * 3
+    answers = perturbed(Temperature(3.0), Answers(softmax(logits), logits))
+    np.testing.assert_allclose(answers.posteriors, softmax(logits / 3), atol=1e-6)
+
+
+def test_the_noise_has_the_stated_size() -> None:
+    clean = Answers(np.full((20_000, 4), 0.25, np.float32))
+    moved = perturbed(GaussianNoise(0.01), clean).posteriors - 0.25
+    # Renormalising takes out the common part of the noise: (K - 1) / K of its variance stays.
+    assert moved.std() == pytest.approx(0.01 * np.sqrt(3 / 4), rel=0.02)
+    assert abs(moved.mean()) < 1e-4
+
+
+def test_a_chain_claims_no_more_than_its_members_allow() -> None:
+    chain = Chain([Shift(0.1), NoDefense(), Shift(0.25)])
+    assert (chain.exposes.reveals, chain.keeps_argmax, chain.deterministic) == (Reveals.PROBS, False, True)
+    assert chain.l1_budget == pytest.approx(0.7)
+    assert Chain([Shift(0.9), Shift(0.9)]).l1_budget == 2.0
+    assert Chain([Shift(0.1), Rounding(1)]).l1_budget is None
+    assert str(Chain([TopK(5), Rounding(1), TopK(3)]).exposes) == "top_3"
+    assert not Chain([Rounding(1), GaussianNoise()]).deterministic
+    assert Chain([Rounding(1), Temperature(2.0)]).query_info(np.zeros((2, 1), np.float32)) is None
+
+
+def test_the_members_of_a_chain_draw_their_own_noise() -> None:
+    clean = Answers(np.full((2_000, 4), 0.25, np.float32))
+    one, both = (perturbed(d, clean).posteriors.std() for d in (GaussianNoise(0.01), Chain([GaussianNoise(0.01)] * 2)))
+    assert both / one == pytest.approx(np.sqrt(2), rel=0.05)  # the same noise twice would give 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "key"),
+    [
+        (lambda: TopK(0), "defense.k"),
+        (lambda: perturbed(TopK(4), Answers(np.full((1, 3), 1 / 3, np.float32))), "defense.k"),
+        (lambda: Rounding(0), "defense.decimals"),
+        (lambda: GaussianNoise(-1.0), "defense.sd"),
+        (lambda: GaussianNoise(float("nan")), "defense.sd"),
+        (lambda: Temperature(0.0), "defense.temperature"),
+        (lambda: Chain([]), "defense.members"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(wrong, key: str) -> None:
+    with pytest.raises(DistillError) as caught:
+        wrong()
+    assert caught.value.key == key
