@@ -12,6 +12,7 @@ What holds for every run, and what the tests check:
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import logging
@@ -399,6 +400,8 @@ class Trainer:
         self.is_main = self._accelerator.is_main_process
         self.processes = self._accelerator.num_processes
         self.precision = precision
+        if self.processes > 1:
+            atexit.register(_leave_process_group)
         self._workers, self._progress, self._log = workers, progress, log
         if self.device.type == "cuda":
             torch.backends.cudnn.deterministic = True
@@ -728,6 +731,13 @@ class Trainer:
     def _write(self, row: dict[str, Any]) -> None:
         if self._log is not None and self.is_main:
             self._log(row)
+
+
+def _leave_process_group() -> None:
+    """Join the threads of the process group before the interpreter ends: one that is still letting go of the last
+    collective's tensors would abort the process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def split_rows(n: int, validation_share: float, seed: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
