@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
+from distill.language import Completions, Prompts, Sampling, SyntheticSet, Task
 from distill.randomness import KeyedRandom
 from distill.records import (
     Answers,
@@ -33,6 +34,8 @@ from distill.records import (
 
 if TYPE_CHECKING:  # this page is read where torch is not loaded
     import torch
+
+    from distill.heads import Head, Sparse
 
 
 class Data(Protocol):
@@ -291,4 +294,200 @@ class Tracker(Protocol):
 
     def finish(self, result: Result | None) -> None:
         """The end: `result` is None where the run failed."""
+        ...
+
+
+# --- generation -----------------------------------------------------------------------------------------------------
+# The same rooms, with text instead of posteriors. A room's class fits the contract of one domain or of the other; which
+# domain an experiment is in is decided by its data.
+
+
+class TaskData(Protocol):
+    """`distill.data`, in the generation domain."""
+
+    def load(self) -> Task:
+        """Raises `MissingAsset` when the data is nowhere to be found, `DistillError` when it can't serve."""
+        ...
+
+
+class PromptPool(Protocol):
+    """`distill.data.pools`, in the generation domain: prompts that an attacker draws from."""
+
+    def load_prompts(self, task: Task) -> Prompts:
+        """Only `task.held_out` may be taken from `task`."""
+        ...
+
+
+@runtime_checkable
+class LanguageTeacher(Protocol):
+    """`distill.provider.teachers`, in the generation domain: a model that answers prompts.
+
+    Attributes:
+        remote: True where each answer is paid for or sent over a network.
+        requests_at_once: How many requests `generate` is handed between two writes to the cache: what a crash can lose.
+        usd_per_mtok_in: What a million prompt tokens really cost whoever calls it; 0 for a model of one's own.
+        usd_per_mtok_out: The same of answer tokens.
+        parameters: Number of parameters, or None where it can't be known.
+        flops_per_token: Floating-point operations of one token of an answer, or None.
+        context_tokens: Longest prompt and answer together, or None where it isn't known.
+        top_k: How many log-probabilities it can tell at each position; None for the whole vocabulary, 0 for none.
+        fingerprint: Content hash of weights, tokenizer and chat template; known once `prepare` has returned.
+    """
+
+    remote: bool
+    requests_at_once: int
+    usd_per_mtok_in: float
+    usd_per_mtok_out: float
+    parameters: int | None
+    flops_per_token: float | None
+    context_tokens: int | None
+    top_k: int | None
+    fingerprint: str
+
+    def prepare(self, task: Task, trainer: Any, cache: Path) -> None:
+        """Load the model, or train it once with `trainer` and keep it under `cache`, or find out what an API serves."""
+        ...
+
+    def count_tokens(self, prompts: Prompts, sampling: Sampling) -> np.ndarray:
+        """(n,) int64: the tokens of each prompt with its template, as billed. An estimate where the API alone knows.
+
+        Raises `DistillError` for an empty prompt and for a prompt that leaves no room for `sampling.max_tokens`.
+        """
+        ...
+
+    def generate(self, prompts: Prompts, sampling: Sampling, repeats: np.ndarray, top_k: int = 0) -> Completions:
+        """Clean answers. A drawn one depends on (sampling.seed, prompt, repeat) and not on what else is in the batch.
+
+        Args:
+            prompts: n prompts.
+            sampling: How to draw.
+            repeats: (n,) int64.
+            top_k: How many log-probabilities to tell at each position.
+        """
+        ...
+
+
+@runtime_checkable
+class LocalLanguageTeacher(LanguageTeacher, Protocol):
+    """A language teacher whose weights are here: it can score any tokens, not only answers of its own.
+
+    Attributes:
+        tokenizer: A Hugging Face tokenizer.
+    """
+
+    tokenizer: Any
+
+    def prompt_tokens(self, prompts: Prompts, sampling: Sampling) -> list[list[int]]:
+        """The tokens that each prompt becomes, template and generation prompt included."""
+        ...
+
+    def heads(self, sequences: list[list[int]], starts: list[int]) -> list[Head]:
+        """For each sequence the distributions of its tokens from `starts` on: row j is the one that token
+        ``starts + j`` was drawn from. All share one weight. Without gradients.
+        """
+        ...
+
+
+class LanguageOracle(Protocol):
+    """The attacker's handle on a provider of text.
+
+    Attributes:
+        profile: What the answers reveal: LABEL is text alone, TOP_K adds log-probabilities, PROBS all of them.
+        tokenizer: The teacher's, where it is public; None otherwise.
+    """
+
+    profile: InterfaceProfile
+    tokenizer: Any
+
+    def ask(
+        self, prompts: Prompts, sampling: Sampling | None = None, samples: int = 1, *, partial: bool = False
+    ) -> SyntheticSet:
+        """Ask, pay and receive `samples` answers to each prompt, one prompt after the other.
+
+        Args:
+            prompts: n prompts.
+            sampling: How to draw; None for the experiment's own.
+            samples: Answers to each prompt.
+            partial: Answer the affordable first ones instead of raising.
+
+        Raises:
+            BudgetExceeded: The budget does not afford all of them at their longest; nothing was asked or charged.
+        """
+        ...
+
+    def affordable(self) -> int:
+        """How many more answers the budget's bound on queries pays for (a large number where it has none)."""
+        ...
+
+    def spent(self) -> Cost:
+        """What this attacker was billed so far."""
+        ...
+
+
+@runtime_checkable
+class PromptAttack(Protocol):
+    """`distill.attacks`, in the generation domain: which prompts to ask.
+
+    Attributes:
+        requires: The poorest profile that it works with.
+        uses_teacher: False for a control that asks nothing.
+    """
+
+    requires: Reveals
+    uses_teacher: bool
+
+    def synthesise(self, oracle: LanguageOracle, pool: Prompts, samples: int, seed: int) -> SyntheticSet:
+        """Spend what the budget allows and return what was answered, `samples` answers to a prompt.
+
+        Given the same answers it must ask the same: an interrupted run is continued by playing the answers back.
+        """
+        ...
+
+
+@runtime_checkable
+class Curation(Protocol):
+    """`distill.recovery`, in the generation domain: which answers to train on, and how much each counts.
+
+    Attributes:
+        knows: As of `Recovery`; "the task's checker" for verified answers.
+    """
+
+    knows: str
+
+    def curate(self, synthetic: SyntheticSet, knowledge: Mapping[str, Any]) -> SyntheticSet:
+        """What is left, with the counts of what was dropped. `knowledge` holds what `knows` asks for and no more."""
+        ...
+
+
+@runtime_checkable
+class LanguageObjective(Protocol):
+    """`distill.objectives`, in the generation domain: a loss at the positions of an answer.
+
+    Attributes:
+        requires: LABEL for text alone, TOP_K where truncated distributions will do, PROBS for whole ones.
+    """
+
+    requires: Reveals
+
+    def loss(self, student: Head, labels: torch.Tensor, signal: Head | Sparse | None) -> torch.Tensor:
+        """Scalar: summed over n positions, in nats.
+
+        Args:
+            student: The student's distributions at the n valid positions.
+            labels: (n,) int64, the teacher's token at each.
+            signal: The teacher's distributions at the same positions; None where there is text alone.
+        """
+        ...
+
+
+@runtime_checkable
+class LanguageStudent(Protocol):
+    """`distill.students`, in the generation domain."""
+
+    def tokenizer(self, teachers: Any) -> Any:
+        """The student's tokenizer: `teachers` (or None, where it is not public) or its own."""
+        ...
+
+    def build_language(self, tokenizer: Any) -> torch.nn.Module:
+        """A Hugging Face causal language model with fresh (or pretrained) weights from torch's global generator."""
         ...
