@@ -74,7 +74,7 @@ class Prompts:
 
     def take(self, rows: Any) -> Prompts:
         """The prompts at these rows (integers, a slice or a mask), in this order."""
-        part = {name: None if value is None else value[rows] for name, value in self._columns().items()}
+        part: Any = {name: None if value is None else value[rows] for name, value in self._columns().items()}
         return replace(self, column=self.column[rows], **part)
 
     def messages(self, row: int) -> Messages:
@@ -205,7 +205,8 @@ class Completions:
         starts, ends = self.offsets[:-1][rows], self.offsets[1:][rows]
         offsets = np.concatenate([[0], np.cumsum(ends - starts)])
         flat = np.repeat(starts - offsets[:-1], ends - starts) + np.arange(offsets[-1])
-        return Completions(**whole, offsets=offsets, **{n: c if c is None else c[flat] for n, c in self.flat().items()})
+        taken: Any = {name: None if column is None else column[flat] for name, column in self.flat().items()}
+        return Completions(**whole, offsets=offsets, **taken)
 
     def flat(self) -> dict[str, np.ndarray | None]:
         """The columns of tokens."""
@@ -219,7 +220,7 @@ class Completions:
 
     def without_tokens(self) -> Completions:
         """Text, finish reasons and usage alone."""
-        return replace(self, offsets=None, **dict.fromkeys(FLAT))
+        return Completions(**{name: getattr(self, name) for name in WHOLE})
 
     def with_top(self, k: int) -> Completions:
         """At most the k most probable tokens at each position; with 0, not even the drawn token's log-probability."""
@@ -238,7 +239,7 @@ class Completions:
         if any(part.offsets is None for part in parts):
             return cls(**whole)
         lengths = np.concatenate([np.diff(part.offsets) for part in parts if part.offsets is not None])
-        flat = {}
+        flat: dict[str, Any] = {}
         for name in FLAT:
             columns = [getattr(part, name) for part in parts]
             flat[name] = None if any(column is None for column in columns) else np.concatenate(columns)
