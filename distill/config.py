@@ -22,8 +22,11 @@ CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKA
 
 IDENTITY_SCHEMA = 1  # raised when a change of code changes what the same configuration means
 # What the answers depend on, and what the student depends on besides.
-QUERY_GROUPS = ("data", "pool", "teacher", "defense", "access", "attack", "budget", "precision", "seed")
-STUDENT_GROUPS = ("recovery", "objective", "student", "training", "metric", "curve")
+QUERY_GROUPS = (
+    *("data", "pool", "teacher", "defense", "access", "attack", "budget", "precision", "seed"),
+    *("sampling", "samples"),
+)
+STUDENT_GROUPS = ("recovery", "signal", "objective", "student", "training", "metric", "curve")
 # Keys that say where or how fast, not what; they are left out of every identity.
 NOT_IDENTITY = frozenset(
     {
@@ -44,19 +47,22 @@ CONTENT_KEYS = frozenset({"path", "test_path", "model"})
 
 @dataclass
 class AccessConfig:
-    """What the API reveals and what the attacker is billed."""
+    """What the API reveals and what the attacker is billed; prices of tokens are those of language models."""
 
     profile: str = "probs"
     top_k: int | None = None
     usd_per_query: float = 0.0
+    usd_per_mtok_in: float = 0.0
+    usd_per_mtok_out: float = 0.0
 
 
 @dataclass
 class BudgetConfig:
-    """What the attacker may spend: at least one of the two."""
+    """What the attacker may spend: at least one of these."""
 
     queries: int | None = None
     usd: float | None = None
+    tokens: int | None = None
 
 
 @dataclass
@@ -91,6 +97,10 @@ class Config:
     curve: list[float] = field(default_factory=list)
     precision: str = "no"
     seed: int = 0
+    # Of language models: how answers are drawn, how many to a prompt, and what a student learns from besides text.
+    sampling: Any = None
+    samples: int = 1
+    signal: Any = None
     name: str = MISSING
     run: RunConfig = field(default_factory=RunConfig)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from distill.language import Completions, Prompts, Sampling, SyntheticSet, Task
+from distill.language import Completions, Evidence, Prompts, Sampling, SyntheticSet, Task
 from distill.randomness import KeyedRandom
 from distill.records import (
     Answers,
@@ -298,8 +298,17 @@ class Tracker(Protocol):
 
 
 # --- generation -----------------------------------------------------------------------------------------------------
-# The same rooms, with text instead of posteriors. A room's class fits the contract of one domain or of the other; which
-# domain an experiment is in is decided by its data.
+# The same rooms, with text instead of posteriors. A room's class fits the contract of one domain or of the other, and
+# is known by the method that only that contract has.
+
+LANGUAGE_METHODS = {"generate", "synthesise", "curate", "build_language", "load_prompts", "judge"}
+
+
+def of_language(group: str, kind: type) -> bool:
+    """Whether a class of a room is of the generation domain."""
+    if group == "objective":  # both have `loss`; that of a classifier prepares targets
+        return "prepare" not in dir(kind)
+    return bool(LANGUAGE_METHODS & set(dir(kind)))
 
 
 class TaskData(Protocol):
@@ -331,6 +340,7 @@ class LanguageTeacher(Protocol):
         flops_per_token: Floating-point operations of one token of an answer, or None.
         context_tokens: Longest prompt and answer together, or None where it isn't known.
         top_k: How many log-probabilities it can tell at each position; None for the whole vocabulary, 0 for none.
+        tokenizer: A Hugging Face tokenizer, where it is public; None otherwise. Known once `prepare` has returned.
         fingerprint: Content hash of weights, tokenizer and chat template; known once `prepare` has returned.
     """
 
@@ -342,6 +352,7 @@ class LanguageTeacher(Protocol):
     flops_per_token: float | None
     context_tokens: int | None
     top_k: int | None
+    tokenizer: Any
     fingerprint: str
 
     def prepare(self, task: Task, trainer: Any, cache: Path) -> None:
@@ -369,13 +380,7 @@ class LanguageTeacher(Protocol):
 
 @runtime_checkable
 class LocalLanguageTeacher(LanguageTeacher, Protocol):
-    """A language teacher whose weights are here: it can score any tokens, not only answers of its own.
-
-    Attributes:
-        tokenizer: A Hugging Face tokenizer.
-    """
-
-    tokenizer: Any
+    """A language teacher whose weights are here: it can score any tokens, not only answers of its own."""
 
     def prompt_tokens(self, prompts: Prompts, sampling: Sampling) -> list[list[int]]:
         """The tokens that each prompt becomes, template and generation prompt included."""
@@ -490,4 +495,22 @@ class LanguageStudent(Protocol):
 
     def build_language(self, tokenizer: Any) -> torch.nn.Module:
         """A Hugging Face causal language model with fresh (or pretrained) weights from torch's global generator."""
+        ...
+
+
+@runtime_checkable
+class LanguageMetric(Protocol):
+    """`distill.metrics`, in the generation domain.
+
+    Attributes:
+        section: Where `result.json` keeps it: "accuracy" or "calibration" (one entry for each `who` of the evidence),
+            or "fidelity" (of the student).
+        higher_is_better: For each name that `judge` returns.
+    """
+
+    section: ClassVar[str]
+    higher_is_better: ClassVar[Mapping[str, bool]]
+
+    def judge(self, evidence: Evidence, who: str) -> dict[str, float]:
+        """The numbers of `who`; empty where the evidence does not tell."""
         ...

@@ -8,7 +8,6 @@ Everything is read from the run's folder and the cache; the numbers under ``cost
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import platform
 import subprocess
@@ -20,33 +19,18 @@ from distill import checks
 from distill.config import query_id, run_id
 from distill.errors import DistillError
 from distill.launch import claim, one_line_errors, write_atomically
-from distill.records import Answers, Dataset, Result, TransferSet, softmax
+from distill.records import Result
 
 if TYPE_CHECKING:  # loads torch
-    from distill.experiment import Experiment, TrainedStudent
     from distill.training import Trainer
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 100  # rows of the test set that samples.jsonl shows
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "hydra-core", "numpy")
 
 
-def measure(
-    experiment: Experiment, student: TrainedStudent, transfer_set: TransferSet, cost: dict[str, float], run_dir: Path
-) -> Result:
-    """Everything that `result.json` holds, measured on the test rows; it writes `samples.jsonl` on the way."""
-    from distill.training import measure as measure_size
-
-    test = experiment.data.test
-    provider = experiment.provider
-    clean, returned = provider.clean(test.inputs), provider.returned(test.inputs)
-    cost = cost | {"teacher_forwards": provider.cost().teacher_forwards}
-    answers = {
-        "teacher": clean,
-        "defended_teacher": returned,
-        "student": Answers(softmax(student.predict(test.inputs))),
-    }
+def measure(experiment: Any, student: Any, transfer_set: Any, cost: dict[str, float], run_dir: Path) -> Result:
+    """Everything that `result.json` holds; `samples.jsonl` is written on the way."""
     result = Result(
         run_id=run_id(experiment.config),
         query_id=query_id(experiment.config),
@@ -54,54 +38,19 @@ def measure(
         config=_resolved(experiment.config),
         seed=experiment.config.seed,
         profile=transfer_set.profile,
-        classes=experiment.data.classes,
         fingerprints=experiment.fingerprints,
-        cost=cost,
         training=student.history,
-        test_rows=len(test),
         environment=environment(experiment.trainer),
     )
-    for metric in experiment.metrics.values():
-        if metric.compares_with == "labels":
-            section = getattr(result, metric.section)
-            for who, given in answers.items():
-                section.setdefault(who, {}).update(metric.measure(given.posteriors, experiment.data.test_labels))
-        else:
-            result.fidelity |= metric.measure(answers["student"].posteriors, clean.posteriors)
-            result.utility |= metric.measure(returned.posteriors, clean.posteriors)
-    accuracy = {who: row["accuracy"] for who, row in result.accuracy.items()}
+    experiment.measure(student, result, run_dir)
+    result.cost = cost | {"teacher_forwards": experiment.provider.cost().teacher_forwards}
+    accuracy = {who: row["accuracy"] for who, row in result.accuracy.items() if "accuracy" in row}
     if accuracy:
         result.fidelity["normalised_accuracy"] = accuracy["student"] / max(accuracy["teacher"], 1e-12)
         result.utility["accuracy"] = accuracy["defended_teacher"]
         result.utility["accuracy_lost"] = accuracy["teacher"] - accuracy["defended_teacher"]
-    if result.calibration:
-        result.utility["ece"] = result.calibration["defended_teacher"]["ece"]
-    one = experiment.students.student.encode(test.inputs[:1], experiment.data.spec)
-    result.sizes = {
-        "teacher": {
-            "parameters": experiment.teacher.parameters,
-            "flops_per_query": experiment.teacher.flops_per_query,
-            "latency_s": experiment.teacher.latency_s(test.inputs[:1]),
-        },
-        "student": {**measure_size(student.module, one)},
-    }
     result.flags = checks.flags(result, experiment.defense, experiment.choices["recovery"])
-    _write_samples(experiment.data, answers, run_dir / "samples.jsonl")
     return result
-
-
-def compare(experiment: Experiment, student: TrainedStudent) -> dict[str, float]:
-    """The student's accuracy and fidelity on the test rows, for a point of the budget curve."""
-    test = experiment.data.test
-    posteriors = softmax(student.predict(test.inputs))
-    clean = experiment.provider.clean(test.inputs).posteriors
-    numbers: dict[str, float] = {}
-    for metric in experiment.metrics.values():
-        reference, prefix = (
-            (experiment.data.test_labels, "student") if metric.compares_with == "labels" else (clean, "fidelity")
-        )
-        numbers |= {f"{prefix}/{name}": value for name, value in metric.measure(posteriors, reference).items()}
-    return numbers
 
 
 def headline(result: Result) -> dict[str, float]:
@@ -164,28 +113,12 @@ def _resolved(config: Any) -> dict[str, Any]:
     return {str(name): value for name, value in resolved.items()}
 
 
-def _write_samples(data: Dataset, answers: dict[str, Answers], path: Path) -> None:
-    """The first test rows with what each side says of them: for reading, with clean answers, not for training."""
-    inputs = data.test.inputs[: min(SAMPLES, len(data.test))]
-    lines = []
-    for i, shown in enumerate(inputs):
-        row: dict[str, Any] = {"row": i, "label": data.class_names[data.test_labels[i]]}
-        if data.spec.kind == "text":
-            row["input"] = str(shown)[:500]
-        for who, given in answers.items():
-            row[who] = data.class_names[given.posteriors[i].argmax()]
-            row[f"{who}_posterior"] = [round(float(p), 5) for p in given.posteriors[i]]
-        lines.append(json.dumps(row))
-    write_atomically(path, "\n".join(lines) + "\n")
-
-
 def evaluate(run_dir: Path) -> Result:
     """Measure one finished run again and rewrite its `result.json`."""
     from omegaconf import OmegaConf
 
-    from distill import transfer
     from distill.config import Config
-    from distill.experiment import Experiment, make_trainer
+    from distill.experiment import make_trainer, open_experiment
 
     path = run_dir / "result.json"
     if not path.exists():
@@ -194,11 +127,11 @@ def evaluate(run_dir: Path) -> Result:
     config = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(before.config))
     with claim(run_dir, "run"):
         queries = (run_dir / "transfer_set").resolve().parent
-        experiment = Experiment.build(config, make_trainer(config), before.choices, queries)
+        experiment = open_experiment(config, make_trainer(config), before.choices, queries)
         changed = sorted(n for n, value in experiment.fingerprints.items() if before.fingerprints[n] != value)
         if changed:
             raise DistillError(f"has changed since {run_dir} was made; run it again instead", changed[0])
-        transfer_set = transfer.load(run_dir / "transfer_set")
+        transfer_set = experiment.load_answers()
         student = experiment.students.load(run_dir / "student")
         if student is None:
             raise DistillError(f"{run_dir / 'student'} holds no whole student; run.force=true makes it again")

@@ -6,34 +6,42 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.torch import load_model, save_model
 
-from distill.config import build, cache_dir, digest, identity, options_that
-from distill.contracts import Attack, Defense, Metric, Objective, Recovery, Student, Teacher
+from distill import transfer
+from distill.config import build, cache_dir, digest, identity, locate, options_that
+from distill.contracts import Attack, Defense, Metric, Objective, Recovery, Student, Teacher, of_language
 from distill.errors import DistillError
 from distill.launch import write_atomically
 from distill.provider.ledger import Ledger
+from distill.provider.oracle import serve
 from distill.provider.provider import Provider
 from distill.randomness import derive
 from distill.records import (
+    Answers,
     Budget,
     Dataset,
     Examples,
     Inputs,
     InputSpec,
     InterfaceProfile,
+    Result,
     Reveals,
     TransferSet,
     file_hash,
+    softmax,
 )
 from distill.training import Recipe, Trainer
+from distill.training import measure as measure_size
 
 log = logging.getLogger(__name__)
+
+SAMPLES = 100  # rows of the test set that samples.jsonl shows
 
 
 @dataclass
@@ -135,10 +143,11 @@ class Experiment:
 
         `queries` is the folder of the query stage, where the provider keeps its log.
         """
-        budget = Budget(config.budget.queries, config.budget.usd)
+        budget = Budget(config.budget.queries, config.budget.usd, config.budget.tokens)
         Ledger(budget, config.access.usd_per_query)  # a price that does not fit is told before a teacher is trained
         if any(not 0 < share < 1 for share in config.curve):
             raise DistillError("shares of the budget between 0 and 1, such as [0.1,0.3]", "curve")
+        check_domain(config, choices, language=False)
         teacher: Teacher = build(config.teacher, "teacher")
         defense: Defense = build(config.defense, "defense")
         attack: Attack = build(config.attack, "attack")
@@ -213,6 +222,96 @@ class Experiment:
             "pool": self.pool.fingerprint,
         }
 
+    # --- what the entry points ask of either domain ---------------------------------------------------------------
+
+    def ask(self) -> TransferSet:
+        """Let the attack loose on the provider."""
+        with serve(self.provider) as oracle:
+            return self.attack.extract(oracle, self.pool, self.students, self.config.seed)
+
+    def save_answers(self, transfer_set: TransferSet) -> None:
+        transfer.save(transfer_set, self.queries / "transfer_set")
+
+    def load_answers(self) -> TransferSet:
+        """Raises `DamagedTransferSet`."""
+        return transfer.load(self.queries / "transfer_set")
+
+    def export(self, transfer_set: TransferSet, path: Path) -> None:
+        """A self-contained copy, inputs included."""
+        transfer.export(transfer_set, self.pool, path, class_names=self.data.class_names)
+
+    def fit(self, transfer_set: TransferSet, name: str, directory: Path) -> TrainedStudent:
+        """A student from fresh weights; an interrupted training goes on from `directory`."""
+        return self.students.fit(transfer_set, self.pool, name, directory)
+
+    def measure(self, student: TrainedStudent, result: Result, run_dir: Path) -> None:
+        """Fill in what is measured on the test rows; it writes `samples.jsonl` on the way."""
+        test = self.data.test
+        clean, returned = self.provider.clean(test.inputs), self.provider.returned(test.inputs)
+        answers = {
+            "teacher": clean,
+            "defended_teacher": returned,
+            "student": Answers(softmax(student.predict(test.inputs))),
+        }
+        for metric in self.metrics.values():
+            if metric.compares_with == "labels":
+                section = getattr(result, metric.section)
+                for who, given in answers.items():
+                    section.setdefault(who, {}).update(metric.measure(given.posteriors, self.data.test_labels))
+            else:
+                result.fidelity |= metric.measure(answers["student"].posteriors, clean.posteriors)
+                result.utility |= metric.measure(returned.posteriors, clean.posteriors)
+        if result.calibration:
+            result.utility["ece"] = result.calibration["defended_teacher"]["ece"]
+        one = self.students.student.encode(test.inputs[:1], self.data.spec)
+        result.sizes = {
+            "teacher": {
+                "parameters": self.teacher.parameters,
+                "flops_per_query": self.teacher.flops_per_query,
+                "latency_s": self.teacher.latency_s(test.inputs[:1]),
+            },
+            "student": {**measure_size(student.module, one)},
+        }
+        result.classes, result.test_rows = self.data.classes, len(test)
+        _write_samples(self.data, answers, run_dir / "samples.jsonl")
+
+    def compare(self, student: TrainedStudent) -> dict[str, float]:
+        """The student's accuracy and fidelity on the test rows, for a point of the budget curve."""
+        test = self.data.test
+        posteriors = softmax(student.predict(test.inputs))
+        clean = self.provider.clean(test.inputs).posteriors
+        numbers: dict[str, float] = {}
+        for metric in self.metrics.values():
+            reference, prefix = (
+                (self.data.test_labels, "student") if metric.compares_with == "labels" else (clean, "fidelity")
+            )
+            numbers |= {f"{prefix}/{name}": value for name, value in metric.measure(posteriors, reference).items()}
+        return numbers
+
+
+def open_experiment(config: Any, trainer: Trainer, choices: dict[str, str], queries: Path) -> Any:
+    """The `Experiment` or `LanguageExperiment` of a configuration: whoever says how to draw text asks for text."""
+    if config.sampling is None:
+        return Experiment.build(config, trainer, choices, queries)
+    from distill.language_experiment import LanguageExperiment
+
+    return LanguageExperiment.build(config, trainer, choices, queries)
+
+
+def check_domain(config: Any, choices: dict[str, str], language: bool) -> None:
+    """Raises `DistillError` where a component is of the other domain, before anything is loaded."""
+    for group in ("teacher", "attack", "recovery", "objective", "student", "pool", "metric"):
+        nodes = config.metric if group == "metric" else {choices.get(group, ""): config[group]}
+        for option, node in nodes.items():
+            if of_language(group, locate(node["_target_"], group)) is not language:
+                fits = options_that(group, partial(_fits, group, language))
+                what = "generates text" if language else "classifies (no sampling is set)"
+                raise DistillError(f"{option} is of the other domain; this experiment {what}: {', '.join(fits)}", group)
+
+
+def _fits(group: str, language: bool, kind: type) -> bool:
+    return of_language(group, kind) is language
+
 
 def make_trainer(config: Any, log_row: Callable[[dict[str, Any]], None] | None = None) -> Trainer:
     """The training loop's engine, on the device that the configuration names."""
@@ -240,3 +339,18 @@ def _check_profile(group: str, choices: dict[str, str], requires: Reveals, profi
         f"access={choices['access']} reveals {profile} only; compatible: {', '.join(fits)}",
         group,
     )
+
+
+def _write_samples(data: Dataset, answers: dict[str, Answers], path: Path) -> None:
+    """The first test rows with what each side says of them: for reading, with clean answers, not for training."""
+    inputs = data.test.inputs[: min(SAMPLES, len(data.test))]
+    lines = []
+    for i, shown in enumerate(inputs):
+        row: dict[str, Any] = {"row": i, "label": data.class_names[data.test_labels[i]]}
+        if data.spec.kind == "text":
+            row["input"] = str(shown)[:500]
+        for who, given in answers.items():
+            row[who] = data.class_names[given.posteriors[i].argmax()]
+            row[f"{who}_posterior"] = [round(float(p), 5) for p in given.posteriors[i]]
+        lines.append(json.dumps(row))
+    write_atomically(path, "\n".join(lines) + "\n")

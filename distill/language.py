@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -324,3 +324,43 @@ class SyntheticSet:
     def keep(self, mask: np.ndarray, filter_name: str) -> SyntheticSet:
         """The answers where `mask` holds, with the count of the others under the filter's name."""
         return replace(self.take(mask), dropped=self.dropped | {filter_name: int((~mask).sum())})
+
+
+class Speaker(Protocol):
+    """A language model at hand: what the evaluation needs of teacher and student alike.
+
+    Attributes:
+        tokenizer: A Hugging Face tokenizer.
+    """
+
+    tokenizer: Any
+
+    def prompt_tokens(self, prompts: Prompts, sampling: Sampling) -> list[list[int]]:
+        """The tokens that each prompt becomes, template and generation prompt included."""
+        ...
+
+    def heads(self, sequences: list[list[int]], starts: list[int]) -> list[Any]:
+        """For each sequence the distributions (`distill.heads.Head`) of its tokens from `starts` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the metrics of the generation domain look at. `who` is teacher, defended_teacher, student or untrained.
+
+    Args:
+        prompts: The test prompts.
+        sampling: How they were answered.
+        answers: By `who`, an answer to each test prompt.
+        check: The task's checker, or None.
+        text: (m,) object array of `str` for perplexity, or None.
+        speakers: By `who`, the models whose distributions can be computed here; a teacher behind an API is not among
+            them, nor is one whose tokens are not the student's.
+    """
+
+    prompts: Prompts
+    sampling: Sampling
+    answers: Mapping[str, Completions]
+    check: Checker | None
+    text: np.ndarray | None
+    speakers: Mapping[str, Speaker]

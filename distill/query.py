@@ -12,42 +12,36 @@ import json
 import logging
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distill.config import query_id
 from distill.errors import DistillError
 from distill.launch import RANK, claim, launch, write_atomically
-from distill.records import TransferSet
-
-if TYPE_CHECKING:  # loads torch
-    from distill.experiment import Experiment
 
 log = logging.getLogger(__name__)
 
+NEW_WORK = ("teacher_forwards", "teacher_tokens", "spent_usd", "query_seconds")  # costs that are paid once, not a run
 
-def query(experiment: Experiment, *, force: bool = False) -> tuple[TransferSet, dict[str, float]]:
+
+def query(experiment: Any, *, force: bool = False) -> tuple[Any, dict[str, float]]:
     """The transfer set of an experiment and what it cost, from an earlier run if it is there already.
 
     `experiment.queries` holds `provider_log/` (every answer, with the clean one: the provider's), `transfer_set/` (the
     attacker's) and `query.json`, which is written last and means "done". An interrupted attack is played back from
     the log and goes on where it was. Under several ranks the first asks and the others wait.
     """
-    from distill import transfer
-
     folder = experiment.queries
     cost = None
     if RANK == 0:
         with claim(folder, "transfer set"):
             cost = _query(experiment, folder, force)
     cost = experiment.trainer.broadcast(cost)
-    return transfer.load(folder / "transfer_set"), cost
+    return experiment.load_answers(), cost
 
 
-def _query(experiment: Experiment, folder: Path, force: bool) -> dict[str, float]:
-    from distill import transfer
-    from distill.provider.oracle import serve
-
+def _query(experiment: Any, folder: Path, force: bool) -> dict[str, float]:
     done = folder / "query.json"
     if force:
         done.unlink(missing_ok=True)
@@ -60,28 +54,23 @@ def _query(experiment: Experiment, folder: Path, force: bool) -> dict[str, float
         if changed:
             raise DistillError(f"has changed since {folder} was made; run.force=true asks again", changed[0])
         try:
-            transfer.load(folder / "transfer_set")
+            experiment.load_answers()
         except DistillError as error:
             log.warning("%s; it is made again from provider_log", error)
         else:
             log.info("transfer set: %s (made before; nothing is asked)", folder)
-            return summary["cost"] | {"teacher_forwards": 0, "query_seconds": 0.0}
+            return summary["cost"] | dict.fromkeys(NEW_WORK, 0.0)
     started = time.monotonic()
     if experiment.attack.uses_teacher:
         log.info("asking %s (defense: %s, reveals: %s)", *(experiment.choices[c] for c in ("teacher", "defense")),
                  experiment.profile)  # fmt: skip
-    with serve(experiment.provider) as oracle:
-        transfer_set = experiment.attack.extract(oracle, experiment.pool, experiment.students, experiment.config.seed)
+    transfer_set = experiment.ask()
     spent = experiment.provider.cost()
     if not len(transfer_set):
         raise DistillError("the attack came back without any answer", "attack")
-    transfer.save(transfer_set, folder / "transfer_set")
-    cost = {
-        "queries": spent.queries,
-        "usd": spent.usd,
-        "teacher_forwards": spent.teacher_forwards,
-        "query_seconds": time.monotonic() - started,
-    }
+    experiment.save_answers(transfer_set)
+    cost = {name: value for name, value in asdict(spent).items() if name != "seconds"}
+    cost["query_seconds"] = time.monotonic() - started
     summary = {
         "query_id": query_id(experiment.config),
         "queries": len(transfer_set),
@@ -98,24 +87,22 @@ def run(config: Any) -> None:
     """The task of `python -m distill.query`."""
     from hydra.core.hydra_config import HydraConfig
 
-    from distill.experiment import Experiment, make_trainer
+    from distill.experiment import make_trainer, open_experiment
     from distill.report import show_query
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     choices = {name: str(option) for name, option in HydraConfig.get().runtime.choices.items()}
-    experiment = Experiment.build(config, make_trainer(config), choices, folder)
+    experiment = open_experiment(config, make_trainer(config), choices, folder)
     transfer_set, cost = query(experiment, force=config.run.force)
     if RANK == 0:
         export(experiment, transfer_set)
         show_query(folder, transfer_set, cost)
 
 
-def export(experiment: Experiment, transfer_set: TransferSet) -> None:
+def export(experiment: Any, transfer_set: Any) -> None:
     """Write a self-contained copy, inputs included, where `run.export` says so."""
     if (path := experiment.config.run.export) is not None:
-        from distill import transfer
-
-        transfer.export(transfer_set, experiment.pool, Path(path), class_names=experiment.data.class_names)
+        experiment.export(transfer_set, Path(path))
         log.info("exported the transfer set to %s", path)
 
 

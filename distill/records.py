@@ -317,14 +317,18 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Budget:
-    """What an attacker may spend. None means no bound; at least one bound is set."""
+    """What an attacker may spend. None means no bound; at least one bound is set. Tokens are those of language models,
+    prompts and answers together."""
 
     queries: int | None = None
     usd: float | None = None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.queries is None and self.usd is None:
-            raise DistillError("set budget.queries, budget.usd or both", "budget")
+        if self.queries is None and self.usd is None and self.tokens is None:
+            raise DistillError("set budget.queries, budget.usd or, for text, budget.tokens", "budget")
+        if self.tokens is not None and self.tokens <= 0:
+            raise DistillError(f"must be at least 1, not {self.tokens}", "budget.tokens")
         if self.queries is not None and self.queries <= 0:
             raise DistillError(f"must be at least 1, not {self.queries}", "budget.queries")
         if self.usd is not None and not (self.usd > 0 and math.isfinite(self.usd)):
@@ -339,6 +343,11 @@ class Cost:
     usd: float = 0.0
     teacher_forwards: int = 0  # rows that really went through the teacher in this process
     seconds: float = 0.0
+    # Of language models: what the attacker is billed for, and what was really generated and paid for in this process.
+    tokens_in: int = 0
+    tokens_out: int = 0
+    teacher_tokens: int = 0
+    spent_usd: float = 0.0
 
 
 # --- the transfer set -----------------------------------------------------------------------------------------------
@@ -421,8 +430,8 @@ class Result:
     config: dict[str, Any]
     seed: int
     profile: str
-    classes: int
     fingerprints: dict[str, str]
+    classes: int = 0  # 0 for a language model
     accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
     calibration: dict[str, dict[str, float]] = field(default_factory=dict)
     fidelity: dict[str, float] = field(default_factory=dict)

@@ -11,14 +11,10 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distill.config import query_id
 from distill.launch import PROCESSES, RANK, claim, launch, note_run, write_atomically
-from distill.records import TransferSet
-
-if TYPE_CHECKING:  # loads torch
-    from distill.experiment import Experiment, TrainedStudent
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +45,7 @@ def run(config: Any) -> None:
 def extract(config: Any, run_dir: Path, choices: dict[str, str]) -> None:
     """The experiment. It leaves the folder that the README describes; `result.json` is written last."""
     from distill.evaluate import headline, measure, save
-    from distill.experiment import Experiment, make_trainer
+    from distill.experiment import make_trainer, open_experiment
     from distill.query import export, query
     from distill.tracking import Tracking
 
@@ -61,7 +57,7 @@ def extract(config: Any, run_dir: Path, choices: dict[str, str]) -> None:
         if trainer.broadcast((run_dir / "result.json").exists()):  # several ranks decide as the first does
             return
         queries = run_dir.parent / f"queries-{query_id(config)}"
-        experiment = Experiment.build(config, trainer, choices, queries)
+        experiment = open_experiment(config, trainer, choices, queries)
         transfer_set, cost = query(experiment, force=config.run.force)
         curve = [curve_point(experiment, transfer_set, share, run_dir) for share in config.curve]
         student = train_student(experiment, transfer_set, run_dir)
@@ -80,30 +76,28 @@ def extract(config: Any, run_dir: Path, choices: dict[str, str]) -> None:
         tracking.finish(result)
 
 
-def train_student(experiment: Experiment, transfer_set: TransferSet, run_dir: Path) -> TrainedStudent:
+def train_student(experiment: Any, transfer_set: Any, run_dir: Path) -> Any:
     """The student on the whole transfer set, from `run_dir/student` if its training ended before an interruption."""
     if (finished := experiment.students.load(run_dir / "student")) is not None:
         return finished
-    student = experiment.students.fit(transfer_set, experiment.pool, "student", run_dir / "training")
+    student = experiment.fit(transfer_set, "student", run_dir / "training")
     if experiment.trainer.is_main:
         experiment.students.save(student, run_dir / "student")
         shutil.rmtree(run_dir / "training", ignore_errors=True)
     return student
 
 
-def curve_point(experiment: Experiment, transfer_set: TransferSet, share: float, run_dir: Path) -> dict[str, float]:
+def curve_point(experiment: Any, transfer_set: Any, share: float, run_dir: Path) -> dict[str, float]:
     """Fidelity at an intermediate budget: a fresh student on the first answers, with the final one's initialisation."""
-    from distill.evaluate import compare
-
     n = max(1, round(share * len(transfer_set)))
     path = run_dir / "curve" / f"{n}.json"
     if experiment.trainer.broadcast(path.exists()):
         return json.loads(path.read_text())
     training = run_dir / "training" / str(n)
-    student = experiment.students.fit(transfer_set.head(n), experiment.pool, f"student at {n}", training)
+    student = experiment.fit(transfer_set.head(n), f"student at {n}", training)
     point: dict[str, float] = {}
     if experiment.trainer.is_main:
-        point = {"cost/queries": n} | compare(experiment, student)
+        point = {"cost/queries": n} | experiment.compare(student)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps(point) + "\n")
         shutil.rmtree(training, ignore_errors=True)

@@ -7,59 +7,30 @@ which can always search the interpreter (`gc`, `sys._current_frames`).
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
 from distill.errors import BudgetExceeded, DistillError
+from distill.language import Prompts, Sampling, SyntheticSet
+from distill.provider.language_provider import LanguageProvider
 from distill.provider.provider import Provider, no_answers
 from distill.records import Answers, Cost, InputSpec, InterfaceProfile, Queries
 
 JOIN_TIMEOUT_S = 5.0  # how long an interrupted run waits for the answer that is being made; what is paid for is stored
 
 
-class Oracle:
-    """The attacker's handle (`distill.contracts.Oracle`). Made by `serve`.
+class _Desk:
+    """What the handles of both domains share: the way to the provider's thread and back."""
 
-    Attributes:
-        profile: What the answers reveal.
-        classes: Number of classes.
-        spec: What one input is.
-    """
-
-    def __init__(
-        self, requests: SimpleQueue[Any], profile: InterfaceProfile, classes: int, spec: InputSpec, rows_at_once: int
-    ) -> None:
-        self.profile = profile
-        self.classes = classes
-        self.spec = spec
-        self._rows_at_once = rows_at_once
+    def __init__(self, requests: SimpleQueue[Any]) -> None:
         self._requests: SimpleQueue[Any] | None = requests
-
-    def ask(self, queries: Queries, *, partial: bool = False) -> Answers:
-        """Ask, pay and receive. Row i answers query i.
-
-        Raises:
-            BudgetExceeded: The budget does not afford all; nothing was asked. With `partial`, the affordable first
-                ones are answered instead.
-            DistillError: The inputs are not what the teacher takes, or the provider failed.
-        """
-        granted = min(len(queries), self.affordable()) if partial else len(queries)
-        self._call("require", granted)
-        if granted == 0:
-            return no_answers(self.classes, self.profile)
-        parts = []
-        for start in range(0, granted, self._rows_at_once):
-            part = queries[start : min(granted, start + self._rows_at_once)]
-            # The inputs are read here: an attack's own column must not run in the provider's thread.
-            inputs = _plain(part.inputs(), self.spec)
-            rows = np.array(part.rows, dtype=np.int64) if part.from_pool else np.full(len(part), -1, dtype=np.int64)
-            parts.append(self._call("answer", inputs, rows))
-        return Answers.join(parts)
 
     def affordable(self) -> int:
         """How many more answers the budget pays for."""
@@ -85,6 +56,74 @@ class Oracle:
         return result
 
 
+class Oracle(_Desk):
+    """The attacker's handle (`distill.contracts.Oracle`). Made by `serve`.
+
+    Attributes:
+        profile: What the answers reveal.
+        classes: Number of classes.
+        spec: What one input is.
+    """
+
+    def __init__(
+        self, requests: SimpleQueue[Any], profile: InterfaceProfile, classes: int, spec: InputSpec, rows_at_once: int
+    ) -> None:
+        super().__init__(requests)
+        self.profile = profile
+        self.classes = classes
+        self.spec = spec
+        self._rows_at_once = rows_at_once
+
+    def ask(self, queries: Queries, *, partial: bool = False) -> Answers:
+        """Ask, pay and receive. Row i answers query i.
+
+        Raises:
+            BudgetExceeded: The budget does not afford all; nothing was asked. With `partial`, the affordable first
+                ones are answered instead.
+            DistillError: The inputs are not what the teacher takes, or the provider failed.
+        """
+        granted = min(len(queries), self.affordable()) if partial else len(queries)
+        self._call("require", granted)
+        if granted == 0:
+            return no_answers(self.classes, self.profile)
+        parts = []
+        for start in range(0, granted, self._rows_at_once):
+            part = queries[start : min(granted, start + self._rows_at_once)]
+            # The inputs are read here: an attack's own column must not run in the provider's thread.
+            inputs = _plain(part.inputs(), self.spec)
+            rows = np.array(part.rows, dtype=np.int64) if part.from_pool else np.full(len(part), -1, dtype=np.int64)
+            parts.append(self._call("answer", inputs, rows))
+        return Answers.join(parts)
+
+
+class LanguageOracle(_Desk):
+    """The attacker's handle on a provider of text (`distill.contracts.LanguageOracle`). Made by `serve_text`.
+
+    Attributes:
+        profile: What the answers reveal.
+        tokenizer: The teacher's, where it is public; None otherwise.
+    """
+
+    def __init__(self, requests: SimpleQueue[Any], profile: InterfaceProfile, tokenizer: Any) -> None:
+        super().__init__(requests)
+        self.profile = profile
+        self.tokenizer = tokenizer
+
+    def ask(
+        self, prompts: Prompts, sampling: Sampling | None = None, samples: int = 1, *, partial: bool = False
+    ) -> SyntheticSet:
+        """Ask, pay and receive `samples` answers to each prompt, one prompt after the other.
+
+        Raises:
+            BudgetExceeded: The budget does not afford all at their longest; nothing was asked. With `partial`, the
+                affordable first ones are answered instead.
+            DistillError: A prompt is empty or too long, or the provider failed.
+        """
+        if samples < 1:
+            raise DistillError(f"is at least 1, not {samples}", "samples")
+        return self._call("answer", prompts, sampling, samples, partial)
+
+
 @contextmanager
 def serve(provider: Provider) -> Iterator[Oracle]:
     """Answer an attacker's questions for the length of a ``with`` block.
@@ -93,13 +132,29 @@ def serve(provider: Provider) -> Iterator[Oracle]:
     every later question too; the block then ends with the exception itself, whatever the attacker made of it.
     """
     requests: SimpleQueue[Any] = SimpleQueue()
+    oracle = Oracle(requests, provider.profile, provider.classes, provider.spec, provider.rows_at_once)
+    with _open(provider, oracle, requests):
+        yield oracle
+
+
+@contextmanager
+def serve_text(provider: LanguageProvider) -> Iterator[LanguageOracle]:
+    """The same for a provider of text."""
+    requests: SimpleQueue[Any] = SimpleQueue()
+    # A copy: the teacher's own tokenizer is not the attacker's to change.
+    oracle = LanguageOracle(requests, provider.profile, copy.deepcopy(provider.teacher.tokenizer))
+    with _open(provider, oracle, requests):
+        yield oracle
+
+
+@contextmanager
+def _open(provider: Provider | LanguageProvider, oracle: _Desk, requests: SimpleQueue[Any]) -> Iterator[None]:
     failed: list[BaseException] = []
     thread = threading.Thread(target=_answer, args=(provider, requests, failed), name="provider", daemon=True)
-    oracle = Oracle(requests, provider.profile, provider.classes, provider.spec, provider.rows_at_once)
     thread.start()
     timeout_s: float | None = JOIN_TIMEOUT_S
     try:
-        yield oracle
+        yield
         timeout_s = None
     except Exception:
         timeout_s = None
@@ -113,7 +168,7 @@ def serve(provider: Provider) -> Iterator[Oracle]:
         raise failed[0]
 
 
-def _answer(provider: Provider, requests: SimpleQueue[Any], failed: list[BaseException]) -> None:
+def _answer(provider: Provider | LanguageProvider, requests: SimpleQueue[Any], failed: list[BaseException]) -> None:
     """The provider's thread. It catches everything: an attacker who waits for a reply must get one."""
     while (request := requests.get()) is not None:
         reply, name, arguments = request
@@ -139,19 +194,18 @@ def _told(error: BaseException) -> DistillError:
     return DistillError(f"the provider failed: {error if isinstance(error, DistillError) else type(error).__name__}")
 
 
-def _result(provider: Provider, name: str, arguments: Any) -> Any:
+def _result(provider: Provider | LanguageProvider, name: str, arguments: Any) -> Any:
     match name:
         case "answer":
-            answers = provider.answer(*arguments)
-            # Copies: a view would lead to the array that it is a view of.
-            return Answers(answers.posteriors.copy(), None if answers.logits is None else answers.logits.copy())
+            # A copy: a view would lead to the array that it is a view of.
+            return copy.deepcopy(provider.answer(*arguments))
         case "require":
             return provider.ledger.require(*arguments)
         case "affordable":
             return provider.ledger.affordable()
         case "spent":
             cost = provider.cost()
-            return Cost(queries=cost.queries, usd=cost.usd, seconds=cost.seconds)
+            return replace(cost, teacher_forwards=0, teacher_tokens=0, spent_usd=0.0)
         case _:
             raise DistillError(f"a provider does not answer to '{name}'")
 
