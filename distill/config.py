@@ -26,7 +26,7 @@ QUERY_GROUPS = (
     *("data", "pool", "teacher", "defense", "access", "attack", "budget", "precision", "seed"),
     *("sampling", "samples"),
 )
-STUDENT_GROUPS = ("recovery", "signal", "objective", "student", "training", "metric", "curve")
+STUDENT_GROUPS = ("recovery", "signal", "objective", "student", "training", "max_length", "metric", "curve")
 # Keys that say where or how fast, not what; they are left out of every identity.
 NOT_IDENTITY = frozenset(
     {
@@ -97,10 +97,12 @@ class Config:
     curve: list[float] = field(default_factory=list)
     precision: str = "no"
     seed: int = 0
-    # Of language models: how answers are drawn, how many to a prompt, and what a student learns from besides text.
+    # Of language models: how answers are drawn, how many to a prompt, what a student learns from besides text, and the
+    # positions of a packed training row.
     sampling: Any = None
     samples: int = 1
     signal: Any = None
+    max_length: int = 512
     name: str = MISSING
     run: RunConfig = field(default_factory=RunConfig)
 

@@ -44,6 +44,30 @@ log = logging.getLogger(__name__)
 SAMPLES = 100  # rows of the test set that samples.jsonl shows
 
 
+WEIGHTS = "model.safetensors"
+
+
+def save_weights(module: Any, history: dict[str, Any], folder: Path) -> None:
+    """Write weights and history. `student.json` comes last: its presence means that the weights are whole."""
+    folder.mkdir(exist_ok=True)
+    partial = folder / f".{WEIGHTS}"
+    save_model(module, str(partial), metadata={"format": "pt"})  # transformers wants to be told the format
+    partial.replace(folder / WEIGHTS)
+    record = {"weights": file_hash(folder / WEIGHTS), "history": history}
+    write_atomically(folder / "student.json", json.dumps(record, indent=1) + "\n")
+
+
+def whole_weights(folder: Path) -> dict[str, Any] | None:
+    """The history of the training whose weights lie there whole, or None; damage is named in a warning."""
+    if not (folder / "student.json").exists():
+        return None
+    record, weights = json.loads((folder / "student.json").read_text()), folder / WEIGHTS
+    if not weights.exists() or file_hash(weights) != record["weights"]:
+        log.warning("%s is damaged", weights)
+        return None
+    return record["history"]
+
+
 @dataclass
 class TrainedStudent:
     """A module with its way of reading inputs (`distill.contracts.Predictor`)."""
@@ -79,25 +103,15 @@ class StudentTrainer:
         return TrainedStudent(module, self.student, self.spec, self.trainer, {})
 
     def save(self, trained: TrainedStudent, folder: Path) -> None:
-        """Write weights and history. `student.json` comes last: its presence means that the weights are whole."""
-        folder.mkdir(exist_ok=True)
-        partial = folder / ".model.safetensors"
-        save_model(trained.module, str(partial))
-        partial.replace(folder / "model.safetensors")
-        record = {"weights": file_hash(folder / "model.safetensors"), "history": trained.history}
-        write_atomically(folder / "student.json", json.dumps(record, indent=1) + "\n")
+        save_weights(trained.module, trained.history, folder)
 
     def load(self, folder: Path) -> TrainedStudent | None:
         """What `save` wrote, or None where nothing whole is there; damage is named in a warning."""
-        if not (folder / "student.json").exists():
-            return None
-        record, weights = json.loads((folder / "student.json").read_text()), folder / "model.safetensors"
-        if not weights.exists() or file_hash(weights) != record["weights"]:
-            log.warning("%s is damaged", weights)
+        if (history := whole_weights(folder)) is None:
             return None
         trained = self.untrained()
-        load_model(trained.module, weights)
-        trained.history = record["history"]
+        load_model(trained.module, folder / WEIGHTS)
+        trained.history = history
         return trained
 
     def fit(
@@ -170,8 +184,8 @@ class Experiment:
         if profile.top_k is not None and profile.top_k > data.classes:
             key = "access.top_k" if config.access.top_k == profile.top_k else "defense.k"
             raise DistillError(f"{profile.top_k} is more than the {data.classes} classes of {data.name}", key)
-        _check_profile("attack", choices, attack.requires, profile)
-        _check_profile("objective", choices, objective.requires, profile)
+        check_profile("attack", choices, attack.requires, profile)
+        check_profile("objective", choices, objective.requires, profile)
         pool: Examples = build(config.pool, "pool").load(data)
         if len(pool) == 0:
             raise DistillError("the pool is empty", "pool")
@@ -330,7 +344,7 @@ def make_trainer(config: Any, log_row: Callable[[dict[str, Any]], None] | None =
     )
 
 
-def _check_profile(group: str, choices: dict[str, str], requires: Reveals, profile: InterfaceProfile) -> None:
+def check_profile(group: str, choices: dict[str, str], requires: Reveals, profile: InterfaceProfile) -> None:
     if profile.reveals >= requires:
         return
     fits = options_that(group, lambda method: method.requires <= profile.reveals)

@@ -292,6 +292,7 @@ class SyntheticSet:
         teacher: Fingerprint of the teacher as the API states it, or "".
         profile: What the answers reveal, as text.
         weights: (n,) float32, how much each answer counts in training; None for all alike. Set by a recovery.
+        rows: (n,) int64, which answers of the set that was paid for these are; None for all of them, in order.
         dropped: How many answers each filter of the recovery dropped.
         note: One line on where it comes from, for the card.
     """
@@ -304,11 +305,16 @@ class SyntheticSet:
     teacher: str = ""
     profile: str = ""
     weights: np.ndarray | None = None
+    rows: np.ndarray | None = None
     dropped: dict[str, int] = field(default_factory=dict)
     note: str = ""
 
     def __len__(self) -> int:
         return len(self.completions)
+
+    def head(self, n: int) -> SyntheticSet:
+        """The first n answers: what the attacker held when the budget was n."""
+        return self.take(slice(0, n))
 
     def take(self, rows: Any) -> SyntheticSet:
         """The answers at these rows (integers, a slice or a mask), in this order."""
@@ -319,6 +325,7 @@ class SyntheticSet:
             repeats=self.repeats[rows],
             usd=self.usd[rows],
             weights=None if self.weights is None else self.weights[rows],
+            rows=(np.arange(len(self)) if self.rows is None else self.rows)[rows],
         )
 
     def keep(self, mask: np.ndarray, filter_name: str) -> SyntheticSet:

@@ -1,0 +1,328 @@
+"""Everything that a configuration of the generation domain names, built and checked before any query is spent."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_model
+
+from distill import synthetic as answers_on_disk
+from distill.config import build, cache_dir
+from distill.contracts import (
+    Curation,
+    LanguageMetric,
+    LanguageObjective,
+    LanguageStudent,
+    LanguageTeacher,
+    LocalLanguageTeacher,
+    PromptAttack,
+)
+from distill.errors import DistillError
+from distill.experiment import SAMPLES, WEIGHTS, check_domain, check_profile, save_weights, whole_weights
+from distill.language import Completions, Evidence, Prompts, Sampling, SyntheticSet, Task
+from distill.language_training import AnsweredSignal, build_language, fit_language_student
+from distill.launch import write_atomically
+from distill.packing import same_tokens
+from distill.provider.language_provider import LanguageProvider
+from distill.provider.ledger import LanguageLedger, Prices
+from distill.provider.oracle import serve_text
+from distill.provider.teachers._causal_lm import CausalLM
+from distill.randomness import derive
+from distill.records import Budget, InterfaceProfile, Result, Reveals
+from distill.training import Recipe, Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainedLanguageModel:
+    """A network with its tokenizer."""
+
+    module: Any
+    tokenizer: Any
+    history: dict[str, Any]
+
+    @cached_property
+    def speaker(self) -> CausalLM:
+        """The network, as a model that answers."""
+        speaker = CausalLM(batch_size=64)
+        speaker._hold(self.module, self.tokenizer)
+        return speaker
+
+
+@dataclass
+class LanguageStudents:
+    """Trains fresh students on synthetic sets. It knows nothing of the provider but its public tokenizer."""
+
+    student: LanguageStudent
+    curation: Curation
+    objective: LanguageObjective
+    recipe: Recipe
+    trainer: Trainer
+    tokenizer: Any
+    max_length: int
+    seed: int
+    knowledge: dict[str, Any]
+
+    def untrained(self) -> TrainedLanguageModel:
+        """The initialisation, which depends on the seed alone: runs over several defenses are paired."""
+        tokenizer = self.student.tokenizer(self.tokenizer)
+        network = build_language(self.student, tokenizer, derive(self.seed, "student"))
+        return TrainedLanguageModel(network.to(self.trainer.device), tokenizer, {})
+
+    def save(self, trained: TrainedLanguageModel, folder: Path) -> None:
+        """Write weights, config and tokenizer, which `transformers` loads, and the history."""
+        folder.mkdir(exist_ok=True)
+        trained.module.config.save_pretrained(folder)
+        trained.tokenizer.save_pretrained(folder)
+        save_weights(trained.module, trained.history, folder)
+
+    def load(self, folder: Path) -> TrainedLanguageModel | None:
+        """What `save` wrote, or None where nothing whole is there; damage is named in a warning."""
+        if (history := whole_weights(folder)) is None:
+            return None
+        trained = self.untrained()
+        load_model(trained.module, folder / WEIGHTS)
+        trained.history = history
+        return trained
+
+    def fit(
+        self, synthetic: SyntheticSet, signal_of: Any, name: str = "interim", directory: Path | None = None
+    ) -> TrainedLanguageModel:
+        """A student from fresh weights. With a `directory`, an interrupted training goes on from there.
+
+        Args:
+            synthetic: The answers as they were returned.
+            signal_of: From the curated answers to the teacher's distributions at their tokens, or to None.
+            name: The stage in the log.
+            directory: Where the checkpoint lies while this runs.
+        """
+        curated = self.curation.curate(synthetic, self.knowledge)
+        network, history = fit_language_student(
+            self.trainer,
+            self.student,
+            curated,
+            self.objective,
+            self.recipe,
+            signal=signal_of(curated),
+            teachers=self.tokenizer,
+            max_length=self.max_length,
+            seed=derive(self.seed, "student"),
+            name=name,
+            directory=directory,
+        )
+        history["dropped"] = curated.dropped
+        return TrainedLanguageModel(network, self.student.tokenizer(self.tokenizer), history)
+
+
+@dataclass
+class LanguageExperiment:
+    """Both sides of an experiment. `teacher` belongs to the provider and to the evaluation."""
+
+    config: Any
+    trainer: Trainer
+    task: Task
+    pool: Prompts
+    teacher: LanguageTeacher
+    defense: Any
+    profile: InterfaceProfile
+    budget: Budget
+    sampling: Sampling
+    attack: PromptAttack
+    students: LanguageStudents
+    metrics: dict[str, LanguageMetric]
+    choices: dict[str, str]
+    queries: Path
+
+    @classmethod
+    def build(cls, config: Any, trainer: Trainer, choices: dict[str, str], queries: Path) -> LanguageExperiment:
+        """Raises `DistillError` for whatever does not fit together. The teacher is trained here if it has to be.
+
+        `queries` is the folder of the query stage.
+        """
+        check_domain(config, choices, language=True)
+        budget = Budget(config.budget.queries, config.budget.usd, config.budget.tokens)
+        LanguageLedger(budget, _prices(config))  # a price that does not fit is told before a teacher is trained
+        if config.samples < 1:
+            raise DistillError(f"is at least 1, not {config.samples}", "samples")
+        if any(not 0 < share < 1 for share in config.curve):
+            raise DistillError("shares of the budget between 0 and 1, such as [0.1,0.3]", "curve")
+        if choices["defense"] != "none":
+            raise DistillError(
+                f"{choices['defense']} defends classifiers; text is answered with defense=none", "defense"
+            )
+        sampling: Sampling = build(config.sampling, "sampling")
+        teacher: LanguageTeacher = build(config.teacher, "teacher")
+        attack: PromptAttack = build(config.attack, "attack")
+        curation: Curation = build(config.recovery, "recovery")
+        objective: LanguageObjective = build(config.objective, "objective")
+        student: LanguageStudent = build(config.student, "student")
+        recipe: Recipe = build(config.training, "training")
+        metrics: dict[str, LanguageMetric] = build(config.metric, "metric")
+
+        task = build(config.data, "data").load()
+        if not isinstance(task, Task):
+            raise DistillError(f"{choices['data']} holds classes, but sampling is set, which asks for text", "data")
+        profile = InterfaceProfile.parse(config.access.profile, config.access.top_k)
+        check_profile("attack", choices, attack.requires, profile)
+        check_profile("objective", choices, objective.requires, profile)
+        if curation.knows == "the task's checker" and task.check is None:
+            raise DistillError(f"{task.name} has no checker to verify answers with", "recovery")
+        pool: Prompts = build(config.pool, "pool").load_prompts(task)
+        if len(pool) == 0:
+            raise DistillError("the pool is empty", "pool")
+        teacher.prepare(task, trainer, cache_dir())
+        knowledge: dict[str, Any] = {"check": task.check} if curation.knows == "the task's checker" else {}
+        return cls(
+            config=config,
+            trainer=trainer,
+            task=task,
+            pool=pool,
+            teacher=teacher,
+            defense=build(config.defense, "defense"),
+            profile=profile,
+            budget=budget,
+            sampling=sampling,
+            attack=attack,
+            students=LanguageStudents(
+                student,
+                curation,
+                objective,
+                recipe,
+                trainer,
+                teacher.tokenizer,
+                config.max_length,
+                config.seed,
+                knowledge,
+            ),
+            metrics=metrics,
+            choices=choices,
+            queries=queries,
+        )
+
+    @cached_property
+    def provider(self) -> LanguageProvider:
+        """The provider of this experiment, for the attack and for the evaluation."""
+        return LanguageProvider(
+            self.teacher,
+            access=self.profile,
+            prices=_prices(self.config),
+            budget=self.budget,
+            sampling=self.sampling,
+            cache=cache_dir(),
+        )
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Content hashes of what the configuration only names."""
+        return {
+            "teacher": self.teacher.fingerprint,
+            "train": self.task.train.fingerprint,
+            "test": self.task.test.fingerprint,
+            "pool": self.pool.fingerprint,
+        }
+
+    # --- what the entry points ask of either domain ---------------------------------------------------------------
+
+    def ask(self) -> SyntheticSet:
+        """Let the attack loose on the provider."""
+        with serve_text(self.provider) as oracle:
+            return self.attack.synthesise(oracle, self.pool, self.config.samples, self.config.seed)
+
+    def save_answers(self, synthetic: SyntheticSet) -> None:
+        answers_on_disk.save(synthetic, self.queries / "transfer_set")
+
+    def load_answers(self) -> SyntheticSet:
+        """Raises `DamagedTransferSet`."""
+        return answers_on_disk.load(self.queries / "transfer_set")
+
+    def export(self, synthetic: SyntheticSet, path: Path) -> None:
+        """A self-contained copy in the hub's own form."""
+        answers_on_disk.export(synthetic, path)
+
+    def fit(self, synthetic: SyntheticSet, name: str, directory: Path) -> TrainedLanguageModel:
+        """A student from fresh weights; an interrupted training goes on from `directory`."""
+        return self.students.fit(synthetic, self.signal_of, name, directory)
+
+    def signal_of(self, curated: SyntheticSet) -> Any:
+        """What the student learns from besides text."""
+        if self.students.objective.requires is Reveals.LABEL:
+            return None
+        return AnsweredSignal(curated.completions)
+
+    def measure(self, student: TrainedLanguageModel, result: Result, run_dir: Path) -> None:
+        """Fill in what is measured on the test prompts; it writes `samples.jsonl` on the way."""
+        evidence = self._evidence({"student": student, "untrained": self.students.untrained()})
+        for metric in self.metrics.values():
+            if metric.section == "fidelity":
+                result.fidelity |= metric.judge(evidence, "student")
+            else:
+                section = getattr(result, metric.section)
+                for who in evidence.answers:
+                    section.setdefault(who, {}).update(metric.judge(evidence, who))
+        result.sizes = {
+            "teacher": {
+                "parameters": self.teacher.parameters,
+                "flops_per_query": self.teacher.flops_per_token,
+                "tokens_per_s": self._pace(self.teacher) if isinstance(self.teacher, LocalLanguageTeacher) else None,
+            },
+            "student": {
+                "parameters": student.speaker.parameters,
+                "flops_per_query": student.speaker.flops_per_token,
+                "tokens_per_s": self._pace(student.speaker),
+            },
+        }
+        result.test_rows = len(self.task.test)
+        _write_samples(evidence, self.task.test, run_dir / "samples.jsonl")
+
+    def compare(self, student: TrainedLanguageModel) -> dict[str, float]:
+        """The student's accuracy and fidelity on the test prompts, for a point of the budget curve."""
+        evidence = self._evidence({"student": student})
+        numbers: dict[str, float] = {}
+        for metric in self.metrics.values():
+            prefix = "fidelity" if metric.section == "fidelity" else "student"
+            numbers |= {f"{prefix}/{name}": value for name, value in metric.judge(evidence, "student").items()}
+        return numbers
+
+    def _evidence(self, students: dict[str, TrainedLanguageModel]) -> Evidence:
+        test, sampling = self.task.test, replace(self.sampling, temperature=0.0)
+        repeats = np.zeros(len(test), dtype=np.int64)
+        clean = self.provider.clean(test, sampling, repeats)
+        answers: dict[str, Completions] = {"teacher": clean, "defended_teacher": clean}
+        speakers: dict[str, Any] = {"teacher": self.teacher} if isinstance(self.teacher, LocalLanguageTeacher) else {}
+        for who, model in students.items():
+            answers[who] = model.speaker.generate(test, sampling, repeats)
+            if self.teacher.tokenizer is not None and same_tokens(model.tokenizer, self.teacher.tokenizer):
+                speakers[who] = model.speaker
+        return Evidence(test, sampling, answers, self.task.check, self.task.held_out_text, speakers)
+
+    def _pace(self, model: Any) -> float:
+        """Answer tokens a second to 32 test prompts at once."""
+        prompts, sampling = self.task.test.take(slice(0, 32)), replace(self.sampling, temperature=0.0)
+        started = time.perf_counter()
+        made = model.generate(prompts, sampling, np.zeros(len(prompts), dtype=np.int64))
+        return float(made.completion_tokens.sum() / (time.perf_counter() - started))
+
+
+def _prices(config: Any) -> Prices:
+    access = config.access
+    return Prices(access.usd_per_query, access.usd_per_mtok_in, access.usd_per_mtok_out)
+
+
+def _write_samples(evidence: Evidence, prompts: Prompts, path: Path) -> None:
+    """The first test prompts with what each side answers: for reading."""
+    lines = []
+    for row in range(min(SAMPLES, len(prompts))):
+        shown: dict[str, Any] = {"row": row, "prompt": prompts.messages(row)[-1]["content"]}
+        if prompts.references is not None:
+            shown["reference"] = prompts.references[row]
+        shown |= {who: given.column[row] for who, given in evidence.answers.items()}
+        lines.append(json.dumps(shown, ensure_ascii=False))
+    write_atomically(path, "\n".join(lines) + "\n")
