@@ -464,6 +464,39 @@ class Curation(Protocol):
         ...
 
 
+class Codec(Protocol):
+    """A signal with the tables of one cache."""
+
+    def encode(self, distributions: Head | Sparse, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The bytes of n positions, one after the other (uint8), and the length of each ((n,) int64).
+
+        `keys`: (n,) ``S16``, what a position is known by; draws depend on it.
+        """
+        ...
+
+    def decode(self, data: np.ndarray, lengths: np.ndarray) -> Head | Sparse | None:
+        """The distributions of n positions; each depends on its own bytes only."""
+        ...
+
+
+class Signal(Protocol):
+    """`distill.signals`: how a teacher's distribution at a position is stored.
+
+    Attributes:
+        requires: The poorest profile that it can be made from.
+        identity: Its name and options: what must agree for a cache to be read.
+    """
+
+    requires: Reveals
+    identity: dict[str, Any]
+
+    def fit(self, first: Head | Sparse, vocabulary: int) -> dict[str, np.ndarray]:
+        """What all positions of a cache share, made from the first ones and stored once."""
+        ...
+
+    def codec(self, shared: dict[str, np.ndarray]) -> Codec: ...
+
+
 @runtime_checkable
 class LanguageObjective(Protocol):
     """`distill.objectives`, in the generation domain: a loss at the positions of an answer.

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 from safetensors.torch import load_model
+from transformers.utils.logging import disable_progress_bar
 
 from distill import synthetic as answers_on_disk
-from distill.config import build, cache_dir
+from distill.config import build, cache_dir, digest
 from distill.contracts import (
     Curation,
     LanguageMetric,
@@ -23,11 +24,12 @@ from distill.contracts import (
     LanguageTeacher,
     LocalLanguageTeacher,
     PromptAttack,
+    Signal,
 )
 from distill.errors import DistillError
 from distill.experiment import SAMPLES, WEIGHTS, check_domain, check_profile, save_weights, whole_weights
 from distill.language import Completions, Evidence, Prompts, Sampling, SyntheticSet, Task
-from distill.language_training import AnsweredSignal, build_language, fit_language_student
+from distill.language_training import build_language, fit_language_student
 from distill.launch import write_atomically
 from distill.packing import same_tokens
 from distill.provider.language_provider import LanguageProvider
@@ -36,9 +38,15 @@ from distill.provider.oracle import serve_text
 from distill.provider.teachers._causal_lm import CausalLM
 from distill.randomness import derive
 from distill.records import Budget, InterfaceProfile, Result, Reveals
+from distill.signals.store import SignalCache
+from distill.signals.text import Text
 from distill.training import Recipe, Trainer
 
 log = logging.getLogger(__name__)
+
+disable_progress_bar()  # transformers shows one for each model of a few megabytes
+
+SIGNALS_AT_ONCE = 256  # answers whose distributions are held in memory before they are stored
 
 
 @dataclass
@@ -55,6 +63,22 @@ class TrainedLanguageModel:
         speaker = CausalLM(batch_size=64)
         speaker._hold(self.module, self.tokenizer)
         return speaker
+
+
+@dataclass
+class StoredSignal:
+    """A signal cache as what a student's training asks for (`distill.language_training.Signal`).
+
+    Args:
+        cache: Holds the answers of the transfer set.
+        rows: (n,) int64, which of them the curated ones are.
+    """
+
+    cache: SignalCache
+    rows: np.ndarray
+
+    def for_positions(self, sequence: np.ndarray, token: np.ndarray) -> Any:
+        return self.cache.rows(self.rows[sequence], token)
 
 
 @dataclass
@@ -105,13 +129,14 @@ class LanguageStudents:
             directory: Where the checkpoint lies while this runs.
         """
         curated = self.curation.curate(synthetic, self.knowledge)
+        signal = signal_of(curated)
         network, history = fit_language_student(
             self.trainer,
             self.student,
             curated,
             self.objective,
             self.recipe,
-            signal=signal_of(curated),
+            signal=signal,
             teachers=self.tokenizer,
             max_length=self.max_length,
             seed=derive(self.seed, "student"),
@@ -119,6 +144,8 @@ class LanguageStudents:
             directory=directory,
         )
         history["dropped"] = curated.dropped
+        if signal is not None:
+            history["signal"] = signal.cache.summary()
         return TrainedLanguageModel(network, self.student.tokenizer(self.tokenizer), history)
 
 
@@ -135,6 +162,7 @@ class LanguageExperiment:
     profile: InterfaceProfile
     budget: Budget
     sampling: Sampling
+    signal: Signal
     attack: PromptAttack
     students: LanguageStudents
     metrics: dict[str, LanguageMetric]
@@ -163,6 +191,7 @@ class LanguageExperiment:
         attack: PromptAttack = build(config.attack, "attack")
         curation: Curation = build(config.recovery, "recovery")
         objective: LanguageObjective = build(config.objective, "objective")
+        signal: Signal = Text() if config.signal is None else build(config.signal, "signal")
         student: LanguageStudent = build(config.student, "student")
         recipe: Recipe = build(config.training, "training")
         metrics: dict[str, LanguageMetric] = build(config.metric, "metric")
@@ -171,8 +200,11 @@ class LanguageExperiment:
         if not isinstance(task, Task):
             raise DistillError(f"{choices['data']} holds classes, but sampling is set, which asks for text", "data")
         profile = InterfaceProfile.parse(config.access.profile, config.access.top_k)
-        check_profile("attack", choices, attack.requires, profile)
-        check_profile("objective", choices, objective.requires, profile)
+        check_profile("attack", attack, choices, profile)
+        check_profile("objective", objective, choices, profile)
+        check_profile("signal", signal, choices, profile)
+        if isinstance(signal, Text) and objective.requires > Reveals.TEXT:
+            raise DistillError(f"objective={choices['objective']} learns from distributions; take top_k, say", "signal")
         if curation.knows == "the task's checker" and task.check is None:
             raise DistillError(f"{task.name} has no checker to verify answers with", "recovery")
         pool: Prompts = build(config.pool, "pool").load_prompts(task)
@@ -190,6 +222,7 @@ class LanguageExperiment:
             profile=profile,
             budget=budget,
             sampling=sampling,
+            signal=signal,
             attack=attack,
             students=LanguageStudents(
                 student,
@@ -251,11 +284,22 @@ class LanguageExperiment:
         """A student from fresh weights; an interrupted training goes on from `directory`."""
         return self.students.fit(synthetic, self.signal_of, name, directory)
 
-    def signal_of(self, curated: SyntheticSet) -> Any:
-        """What the student learns from besides text."""
-        if self.students.objective.requires is Reveals.LABEL:
+    def signal_of(self, curated: SyntheticSet) -> StoredSignal | None:
+        """What the student learns from besides text: stored once, beside the transfer set, for all students of it."""
+        if isinstance(self.signal, Text):
             return None
-        return AnsweredSignal(curated.completions)
+        rows = np.arange(len(curated)) if curated.rows is None else curated.rows
+        folder = self.queries / "signals" / digest(self.signal.identity)
+        vocabulary = len(self.teacher.tokenizer)
+        if self.trainer.is_main:
+            cache = SignalCache(folder, self.signal, self.teacher.fingerprint, vocabulary)
+            missing = np.flatnonzero(np.isin(rows, cache.missing(rows)))
+            for start in range(0, len(missing), SIGNALS_AT_ONCE):
+                some = missing[start : start + SIGNALS_AT_ONCE]
+                distributions, lengths = self.provider.distributions(curated.take(some))
+                cache.write(rows[some], lengths, distributions)
+        self.trainer.wait()
+        return StoredSignal(SignalCache(folder, self.signal, self.teacher.fingerprint, vocabulary), rows)
 
     def measure(self, student: TrainedLanguageModel, result: Result, run_dir: Path) -> None:
         """Fill in what is measured on the test prompts; it writes `samples.jsonl` on the way."""
