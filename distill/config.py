@@ -37,6 +37,7 @@ NOT_IDENTITY = frozenset(
         "timeout_s",
         "max_attempts",
         "concurrency",
+        "max_usd",
         "authorized",
         "api_key_env",
     }

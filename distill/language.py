@@ -133,6 +133,8 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise DistillError(f"must be more than 0 and at most 1, not {self.top_p}", "sampling.top_p")
         object.__setattr__(self, "stop", tuple(self.stop))
+        if "" in self.stop:
+            raise DistillError("an empty text ends every answer before it begins; leave it out", "sampling.stop")
 
     @property
     def greedy(self) -> bool:

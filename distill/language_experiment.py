@@ -211,6 +211,10 @@ class LanguageExperiment:
         if len(pool) == 0:
             raise DistillError("the pool is empty", "pool")
         teacher.prepare(task, trainer, cache_dir())
+        if teacher.tokenizer is None and not isinstance(signal, Text):
+            raise DistillError(
+                "a signal is over tokens, and this teacher's are not known; state its tokenizer", "teacher"
+            )
         knowledge: dict[str, Any] = {"check": task.check} if curation.knows == "the task's checker" else {}
         return cls(
             config=config,

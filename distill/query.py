@@ -62,8 +62,8 @@ def _query(experiment: Any, folder: Path, force: bool) -> dict[str, float]:
             return summary["cost"] | dict.fromkeys(NEW_WORK, 0.0)
     started = time.monotonic()
     if experiment.attack.uses_teacher:
-        log.info("asking %s (defense: %s, reveals: %s)", *(experiment.choices[c] for c in ("teacher", "defense")),
-                 experiment.profile)  # fmt: skip
+        who = (experiment.choices[c] for c in ("teacher", "defense", "access"))
+        log.info("asking %s (defense: %s, access: %s)", *who)
     transfer_set = experiment.ask()
     spent = experiment.provider.cost()
     if not len(transfer_set):

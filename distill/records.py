@@ -158,9 +158,11 @@ class Dataset:
 
 
 class Reveals(enum.IntEnum):
-    """How much an answer says, poorest first."""
+    """How much an answer says, poorest first. Of a language model: the text, the k most probable tokens at each position
+    too, or whole distributions."""
 
     LABEL = 1
+    TEXT = 1
     TOP_K = 2
     PROBS = 3
     LOGITS = 4
@@ -182,7 +184,7 @@ class InterfaceProfile:
     @classmethod
     def parse(cls, name: str, top_k: int | None = None) -> InterfaceProfile:
         """From a config's words. Raises `DistillError` for an unknown name."""
-        known = {level.name.lower(): level for level in Reveals}
+        known = {level.lower(): value for level, value in Reveals.__members__.items()}
         if name not in known:
             raise DistillError(f"no profile '{name}'.{nearest(name, known)}", "access.profile")
         return cls(known[name], top_k)

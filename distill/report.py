@@ -24,7 +24,7 @@ from distill.records import Result, TransferSet
 log = logging.getLogger(__name__)
 
 # Columns of the comparing table: title and how to read it from a result.
-AXES = ("data", "teacher", "attack", "defense", "access", "recovery", "objective", "student", "metric")
+AXES = ("data", "teacher", "attack", "defense", "access", "sampling", "recovery", "signal", "objective", "student")
 NUMBERS: dict[str, Any] = {
     "teacher acc": lambda r: r.accuracy["teacher"]["accuracy"],
     "defended acc": lambda r: r.accuracy["defended_teacher"]["accuracy"],
@@ -33,8 +33,12 @@ NUMBERS: dict[str, Any] = {
     "KL": lambda r: r.fidelity["kl"],
     "mean L1": lambda r: r.utility["l1_mean"],
     "queries": lambda r: r.cost["queries"],
+    "tokens": lambda r: r.cost["tokens_in"] + r.cost["tokens_out"] if not r.classes else None,
     "usd": lambda r: r.cost["usd"],
 }
+
+
+UNKNOWN = "–"  # the run did not measure it
 
 
 def load_runs(places: list[Path]) -> dict[Path, Result]:
@@ -53,8 +57,10 @@ def _number(title: str, result: Result) -> str:
     try:
         value = NUMBERS[title](result)
     except KeyError:
-        return "–"  # the run did not measure it
-    if title == "queries":
+        value = None
+    if value is None:
+        return UNKNOWN
+    if title in ("queries", "tokens"):
         return f"{value:,.0f}"
     return f"{value:.2f}" if title == "usd" else f"{value:.4f}"
 
@@ -70,13 +76,14 @@ def comparison(runs: dict[Path, Result]) -> Table:
                   f"{', '.join(map(str, sorted({r.seed for r in results})))}")  # fmt: skip
     for title in [*axes, *(f"budget {key}" for key in keys), *(["seed"] if seeds else [])]:
         table.add_column(title)
-    for title in NUMBERS:
+    titles = [title for title in NUMBERS if any(_number(title, result) != UNKNOWN for result in results)]
+    for title in titles:
         table.add_column(title, justify="right")
     table.add_column("run")
     for run_dir, result in runs.items():
-        row = [result.choices.get(axis, "–") for axis in axes]
+        row = [result.choices.get(axis, UNKNOWN) for axis in axes]
         row += [str(result.config["budget"][key]) for key in keys] + ([str(result.seed)] if seeds else [])
-        table.add_row(*row, *(_number(title, result) for title in NUMBERS), run_dir.name)
+        table.add_row(*row, *(_number(title, result) for title in titles), run_dir.name)
     return table
 
 
@@ -99,7 +106,8 @@ def show_result(run_dir: Path) -> None:
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name in NUMBERS:
-        table.add_row(name, _number(name, result))
+        if (number := _number(name, result)) != UNKNOWN:
+            table.add_row(name, number)
     table.add_row("teacher forwards", f"{result.cost['teacher_forwards']:,}")
     for who, size in result.sizes.items():
         if size["parameters"] is not None:
@@ -112,11 +120,10 @@ def show_result(run_dir: Path) -> None:
         console.print(f"note: {flag}", soft_wrap=True)
     console.print(f"n = {result.test_rows} test rows, seed {result.seed}; run: {_short(run_dir)}", soft_wrap=True)
     if (experiment := result.choices.get("experiment", "None")) != "None":
-        console.print(
-            f"next: python -m distill.train +experiment={experiment} -m "
-            "defense=none,rounding,gaussian_noise,label_only",
-            soft_wrap=True,
-        )
+        others = "defense=none,rounding,gaussian_noise,label_only"
+        if not result.classes:
+            others = "budget.queries=250,1000,4000"
+        console.print(f"next: python -m distill.train +experiment={experiment} -m {others}", soft_wrap=True)
 
 
 def show_query(folder: Path, transfer_set: TransferSet, cost: dict[str, float]) -> None:

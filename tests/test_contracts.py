@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from toys import SPEC, a_pool, a_provider
 
 from distill import contracts
-from distill.config import CONFIG_DIR, build
+from distill.config import CONFIG_DIR, build, locate
 from distill.errors import DistillError
 from distill.experiment import Experiment, make_trainer
 from distill.provider.oracle import serve
@@ -26,8 +26,14 @@ CLASSES = 4
 NAMES = tuple("abcd")
 
 
-def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+def kind_of(group: str, option: str) -> type:
+    return locate(yaml.safe_load((CONFIG_DIR / group / f"{option}.yaml").read_text())["_target_"], group)
+
+
+def options(group: str, language: bool = False) -> list[str]:
+    """The options of a group that are of one domain."""
+    found = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+    return [option for option in found if contracts.of_language(group, kind_of(group, option)) is language]
 
 
 def made(group: str, option: str) -> Any:
@@ -141,19 +147,28 @@ def test_an_objective_is_a_sum_over_rows(option: str, logits: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "protocol"),
-    [("defense", contracts.Defense), ("metric", contracts.Metric), ("student", contracts.Student),
-     ("tracker", contracts.Tracker), ("data", contracts.Data), ("pool", contracts.Pool)],
-)  # fmt: skip
-def test_classes_have_what_their_contract_asks_for(group: str, protocol: type) -> None:
-    for option in options(group):
+    ("group", "protocol", "language"),
+    [
+        ("defense", contracts.Defense, False),
+        ("metric", contracts.Metric, False),
+        ("metric", contracts.LanguageMetric, True),
+        ("student", contracts.Student, False),
+        ("student", contracts.LanguageStudent, True),
+        ("objective", contracts.LanguageObjective, True),
+        ("attack", contracts.PromptAttack, True),
+        ("recovery", contracts.Curation, True),
+        ("tracker", contracts.Tracker, False),
+        ("data", contracts.Data, False),
+        ("pool", contracts.Pool, False),
+        ("pool", contracts.PromptPool, True),
+    ],
+)
+def test_classes_have_what_their_contract_asks_for(group: str, protocol: type, language: bool) -> None:
+    for option in options(group, language):
         node = yaml.safe_load((CONFIG_DIR / group / f"{option}.yaml").read_text())
-        if "???" in node.values():  # it needs something of the user; its class has the methods all the same
-            from distill.config import locate
-
-            assert members(protocol) <= set(dir(locate(node["_target_"], group))), option
-        else:
-            assert members(protocol) <= set(dir(build(node, group))), option
+        # One that needs something of the user can't be built here; its class has the methods all the same.
+        kind = kind_of(group, option) if "???" in node.values() else build(node, group)
+        assert members(protocol) <= set(dir(kind)), option
 
 
 def test_a_teacher_has_what_its_contract_asks_for() -> None:

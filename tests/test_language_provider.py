@@ -349,7 +349,7 @@ def test_a_system_prompt_is_put_before_chats_without_one() -> None:
 
 @pytest.mark.parametrize(
     ("option", "key"),
-    [({"max_tokens": 0}, "max_tokens"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p")],
+    [({"stop": [""]}, "stop"), ({"max_tokens": 0}, "max_tokens"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p")],
 )
 def test_sampling_out_of_range(option: dict, key: str) -> None:
     with pytest.raises(DistillError, match=rf"sampling\.{key}"):

@@ -25,9 +25,10 @@ class RougeL:
     def judge(self, evidence: Evidence, who: str) -> dict[str, float]:
         try:
             from rouge_score.rouge_scorer import RougeScorer
+            from rouge_score.tokenizers import DefaultTokenizer
         except ImportError:
             raise DistillError("needs rouge-score: pip install 'distill-framework[text]'", "metric.rouge_l") from None
-        scorer = RougeScorer(["rougeL"])
+        scorer = RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=False))
         teachers, others = evidence.answers["teacher"].column, evidence.answers[who].column
         scores = [scorer.score(a, b)["rougeL"].fmeasure for a, b in zip(teachers, others, strict=True)]
         return {"rouge_l": float(np.mean(scores)), "same_answer": float((teachers == others).mean())}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from distill.contracts import LanguageTeacher
+from distill.contracts import LanguageTeacher, LocalLanguageTeacher
 from distill.errors import BadAnswer, DistillError
-from distill.language import Completions, Prompts, Sampling, SyntheticSet
+from distill.heads import Head, Sparse
+from distill.language import Completions, Prompts, Sampling, SyntheticSet, texts
 from distill.provider.keys import RepeatCounter
 from distill.provider.ledger import LanguageLedger, Prices
 from distill.provider.requests import RequestCache
@@ -52,11 +56,16 @@ class LanguageProvider:
         self.told = access.top_k or 0
         if teacher.top_k is not None and self.told > teacher.top_k:
             raise DistillError(f"the teacher tells at most {teacher.top_k} log-probabilities", "access.top_k")
+        if teacher.tokenizer is not None and self.told > len(teacher.tokenizer):
+            raise DistillError(
+                f"{self.told} is more than the {len(teacher.tokenizer)} tokens that there are", "access.top_k"
+            )
         if access.reveals >= Reveals.PROBS and teacher.top_k is not None:
             raise DistillError("the teacher does not tell whole distributions; take text or top_k", "access.profile")
         self._real_prices = Prices(0.0, teacher.usd_per_mtok_in, teacher.usd_per_mtok_out)
         self._requests = RequestCache(cache / "requests" / teacher.fingerprint)
         self._repeats = RepeatCounter()
+        self._output: Head | None = None  # what scored sequences share
 
     # --- what the attacker gets ---------------------------------------------------------------------------------
 
@@ -93,8 +102,78 @@ class LanguageProvider:
             sampling=sampling,
             usd=np.concatenate(usd) if usd else np.empty(0),
             teacher=self.teacher.fingerprint,
-            profile="text" if self.profile.reveals is Reveals.LABEL else str(self.profile),
+            profile="text" if self.profile.reveals is Reveals.TEXT else str(self.profile),
         )
+
+    def distributions(self, answers: SyntheticSet) -> tuple[Head | Sparse, np.ndarray]:
+        """What came with these answers at each of their tokens, one answer after the other, and (n,) their lengths.
+
+        They were billed with the answers.
+
+        Raises:
+            DistillError: They are not this teacher's, or came as text alone.
+        """
+        given = answers.completions
+        if given.offsets is None or given.token_ids is None or answers.teacher != self.teacher.fingerprint:
+            raise DistillError(
+                "these answers came without distributions; take signal=text and objective=sequence_kd, or an access "
+                "that reveals more",
+                "signal",
+            )
+        lengths = np.diff(given.offsets)
+        if given.top_ids is not None and given.top_logprobs is not None:
+            logprobs = np.where(given.top_ids >= 0, given.top_logprobs, -np.inf).astype(np.float32)
+            return Sparse(torch.from_numpy(given.top_ids.astype(np.int64)), torch.from_numpy(logprobs)), lengths
+        assert isinstance(self.teacher, LocalLanguageTeacher)  # whole distributions are revealed by no other
+        asked = self.teacher.prompt_tokens(answers.prompts, answers.sampling or self.sampling)
+        sequences = [before + given.tokens(row).tolist() for row, before in enumerate(asked)]
+        heads = self.teacher.heads(sequences, [len(before) for before in asked])
+        return replace(heads[0], hidden=torch.cat([head.hidden for head in heads])), lengths
+
+    def score(self, sequences: list[list[int]], starts: list[int]) -> list[Head]:
+        """The distributions of the tokens of given sequences from `starts` on, whoever wrote them: for students that
+        learn on text of their own. Each sequence is billed as a query, and its tokens as those of a prompt.
+
+        Hidden states and output matrix tell no more than the logits do, but for a linear map (Carlini et al., "Stealing
+        Part of a Production Language Model", ICML 2024). Nothing of it is cached.
+
+        Raises:
+            BudgetExceeded: Not all are affordable; nothing was scored.
+            DistillError: The API reveals less, the teacher's weights are elsewhere, or a sequence can't be scored.
+        """
+        if self.profile.reveals < Reveals.PROBS:
+            raise DistillError(
+                "on-policy distillation needs the teacher's whole distributions at tokens that the student wrote, "
+                "which this API does not reveal; take access=probs, or rollout=off_policy",
+                "access",
+            )
+        if not isinstance(self.teacher, LocalLanguageTeacher):
+            raise DistillError(
+                "on-policy distillation needs an API that scores given tokens with (top-k) log-probabilities, which "
+                "this one does not offer; take a teacher whose weights are here, or rollout=off_policy",
+                "access",
+            )
+        if not sequences:
+            return []
+        started = time.perf_counter()
+        lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+        tokens, longest = len(self.teacher.tokenizer), self.teacher.context_tokens
+        if len(starts) != len(sequences) or not all(0 < a < n for a, n in zip(starts, lengths.tolist(), strict=True)):
+            raise DistillError("each sequence is scored from its second token or a later one on", "rollout")
+        if longest is not None and lengths.max() > longest:
+            raise DistillError(f"{lengths.max()} tokens are more than the teacher reads ({longest})", "max_length")
+        if not all(min(sequence) >= 0 and max(sequence) < tokens for sequence in sequences):
+            raise DistillError(f"the teacher has {tokens} tokens, and a sequence names others", "student")
+        self.ledger.require(lengths, 0)
+        heads = self.teacher.heads(sequences, starts)
+        nothing = texts([""] * len(sequences))
+        asked = Completions(nothing, nothing, prompt_tokens=lengths, completion_tokens=np.zeros_like(lengths))
+        self.ledger.bill(asked)
+        self.ledger.worked(asked, self._real_prices)
+        if self._output is None:  # a copy: the teacher's own matrix is not the attacker's to change
+            self._output = copy.deepcopy(replace(heads[0], hidden=heads[0].hidden[:0]))
+        self.ledger.seconds += time.perf_counter() - started
+        return [replace(self._output, hidden=head.hidden.clone()) for head in heads]
 
     def close(self) -> None:
         """Every answer is on disk as soon as it is made."""
@@ -116,7 +195,7 @@ class LanguageProvider:
 
     def revealed(self, completions: Completions) -> Completions:
         """The answers with everything removed that the profile does not reveal."""
-        if self.profile.reveals is Reveals.LABEL:
+        if self.profile.reveals is Reveals.TEXT:
             return completions.without_tokens()
         return completions.with_top(self.told) if self.told else completions
 

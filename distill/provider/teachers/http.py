@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import base64
-import email.utils
 import hashlib
-import ipaddress
 import json
 import logging
-import os
 import random
 import threading
 import time
@@ -14,12 +11,21 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
-from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 
 from distill.errors import BadAnswer, DistillError, nearest
+from distill.provider.teachers._remote import (
+    address,
+    excerpt,
+    is_loopback,
+    is_passing,
+    key_from,
+    pause_s,
+    retry_after_s,
+    write_note,
+)
 from distill.records import Dataset, Reveals, one_hot
 
 if TYPE_CHECKING:
@@ -29,9 +35,7 @@ log = logging.getLogger(__name__)
 
 FIELDS = {"probs": "posteriors", "logits": "logits", "label": "labels"}  # what an answer calls each output
 FIRST_WAIT_S = 0.5  # before the second attempt; doubled before each further one
-LONGEST_BACKOFF_S = 60.0
 SUM_TOLERANCE = 1e-3  # how far the sum of a posterior may be from one
-LONGEST_WAIT_S = 900.0  # a server that asks for more than this is obeyed by stopping; the run can be continued later
 
 
 class HTTP:
@@ -93,11 +97,6 @@ class HTTP:
         timeout_s: float = 30.0,
         max_attempts: int = 6,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise DistillError(f"'{url}' is not an http or https address", "teacher.url")
-        if parts.username or parts.password:
-            raise DistillError("put the key in an environment variable and name it in api_key_env", "teacher.url")
         if output not in FIELDS:
             raise DistillError(f"no output '{output}'.{nearest(output, FIELDS)}", "teacher.output")
         if not usd_per_query >= 0:
@@ -107,13 +106,8 @@ class HTTP:
                 raise DistillError(f"must be at least 1, not {value}", f"teacher.{name}")
         if not timeout_s > 0:
             raise DistillError(f"must be more than 0, not {timeout_s}", "teacher.timeout_s")
-        self._own = is_loopback(parts.hostname)
-        if not (self._own or authorized):
-            raise DistillError(
-                f"{parts.hostname} is not this machine; state with teacher.authorized=true that its terms allow "
-                "querying it to train another model, or don't query it",
-                "teacher.authorized",
-            )
+        parts = address(url, authorized)
+        self._own = is_loopback(parts.hostname or "")
         self.url, self.model = url, model
         self.output = Reveals[output.upper()]
         self.usd_per_query = usd_per_query
@@ -131,13 +125,7 @@ class HTTP:
 
     def prepare(self, data: Dataset, trainer: Trainer, cache: Path) -> None:
         """Read the key. Nothing is asked. Raises `DistillError` if the key's variable is not set."""
-        if self._api_key_env is not None:
-            self._api_key = os.environ.get(self._api_key_env, "")
-            if not self._api_key:
-                raise DistillError(
-                    f"the environment variable {self._api_key_env} is not set; export it with the key",
-                    "teacher.api_key_env",
-                )
+        self._api_key = key_from(self._api_key_env)
         self._classes = data.classes
         self._kind = data.spec.kind
         self._answered = cache / "teachers" / "http" / self.fingerprint
@@ -196,9 +184,7 @@ class HTTP:
         except (FileNotFoundError, ValueError, BadAnswer):
             answer = self._post(body, key, give_up)
             rows = self._decode(answer, len(batch))
-            part = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-            part.write_text(json.dumps({self._field: answer[self._field]}))
-            part.replace(note)
+            write_note(note, json.dumps({self._field: answer[self._field]}))
         return rows, note
 
     def _encode(self, batch: np.ndarray) -> list[Any]:
@@ -261,60 +247,18 @@ class HTTP:
                     except ValueError:
                         error, problem = BadAnswer, "the answer is not JSON"
                 else:
-                    error, problem = DistillError, f"status {response.status_code}{self._excerpt(response)}"
-                    if response.status_code not in (408, 429) and response.status_code < 500:
+                    said = excerpt(response.text, self._api_key)
+                    error, problem = DistillError, f"status {response.status_code}{said}"
+                    if not is_passing(response.status_code):
                         remedy = "; check the key in api_key_env" if response.status_code in (401, 403) else ""
                         raise DistillError(f"{self._where} refused: {problem}{remedy}", "teacher")
                     wait_s = retry_after_s(response.headers.get("Retry-After"), time.time())
             if attempt == self.max_attempts or give_up.is_set():
                 break
-            if wait_s is None:
-                longest = min(LONGEST_BACKOFF_S, FIRST_WAIT_S * 2 ** (attempt - 1))
-                wait_s = longest * self._jitter.uniform(0.5, 1.0)
-            elif wait_s > LONGEST_WAIT_S:
-                raise DistillError(
-                    f"{self._where} asks to wait {wait_s / 60:.0f} minutes; continue this run then, with the same "
-                    "command",
-                    "teacher",
-                )
+            wait_s = pause_s(wait_s, attempt, FIRST_WAIT_S, self._jitter, self._where)
             log.info("%s: %s; attempt %d in %.1f s", self._where, problem, attempt + 1, wait_s)
             give_up.wait(wait_s)
         raise error(
             f"{self._where} gave no answer in {attempt} attempts (the last: {problem}); the same command continues",
             "teacher",
         )
-
-    def _excerpt(self, response: httpx.Response) -> str:
-        """What the server says of a failure, on one short line and without the key, which some servers repeat."""
-        text = " ".join(response.text[:2000].split())
-        if self._api_key:
-            text = text.replace(self._api_key, "***")
-        return f" ({text[:200]})" if text else ""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by its very address: no name but ``localhost`` is looked up or believed."""
-    if host == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return address in ipaddress.ip_network("127.0.0.0/8") or address == ipaddress.ip_address("::1")
-
-
-def retry_after_s(header: str | None, now_s: float) -> float | None:
-    """The seconds that a ``Retry-After`` asks to wait, in either of its forms (RFC 9110, 10.2.3); None without one.
-
-    Args:
-        header: A number of seconds, or a date.
-        now_s: The time now, in seconds since the epoch.
-    """
-    if header is None:
-        return None
-    if header.strip().isdecimal():
-        return float(header)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - now_s)
-    except ValueError:
-        return None
