@@ -20,7 +20,9 @@ def flags(result: Result, defense: Defense, recovery: str) -> list[str]:
     moved = result.utility.get("l1_max", 0) > 0 and result.profile not in ("label", "top_1")
     if moved and defense.keeps_argmax and recovery == "as_returned":
         found.append(f"a defense that keeps the arg-max was attacked without recovery=top1 ({README}#top1)")
-    accuracy = {who: row["accuracy"] for who, row in result.accuracy.items()}
+    if result.config["access"]["profile"] == "weights":
+        found.append(f"the student may copy its teacher's weights, which no attacker has ({README}#white-box)")
+    accuracy = {who: row["accuracy"] for who, row in result.accuracy.items() if "accuracy" in row}
     if accuracy and accuracy["student"] > accuracy["defended_teacher"]:
         found.append(f"the student is more accurate than what honest users get ({README}#defended-below-student)")
     return found

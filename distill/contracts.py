@@ -380,7 +380,13 @@ class LanguageTeacher(Protocol):
 
 @runtime_checkable
 class LocalLanguageTeacher(LanguageTeacher, Protocol):
-    """A language teacher whose weights are here: it can score any tokens, not only answers of its own."""
+    """A language teacher whose weights are here: it can score any tokens, not only answers of its own.
+
+    Attributes:
+        network: The Hugging Face model itself. Known once `prepare` has returned.
+    """
+
+    network: Any
 
     def prompt_tokens(self, prompts: Prompts, sampling: Sampling) -> list[list[int]]:
         """The tokens that each prompt becomes, template and generation prompt included."""
@@ -417,6 +423,17 @@ class LanguageOracle(Protocol):
 
         Raises:
             BudgetExceeded: The budget does not afford all of them at their longest; nothing was asked or charged.
+        """
+        ...
+
+    def score(self, sequences: list[list[int]], starts: list[int]) -> list[Head]:
+        """The distributions of each sequence's tokens from `starts` on, with weights of a local teacher.
+
+        One query for each sequence, its tokens billed as those of a prompt.
+
+        Raises:
+            BudgetExceeded: The budget does not afford all; nothing was scored.
+            DistillError: The API does not score given tokens.
         """
         ...
 
@@ -520,7 +537,13 @@ class LanguageObjective(Protocol):
 
 @runtime_checkable
 class LanguageStudent(Protocol):
-    """`distill.students`, in the generation domain."""
+    """`distill.students`, in the generation domain.
+
+    Attributes:
+        requires: The poorest profile that it works with: WEIGHTS for one that is built from its teacher's.
+    """
+
+    requires: Reveals
 
     def tokenizer(self, teachers: Any) -> Any:
         """The student's tokenizer: `teachers` (or None, where it is not public) or its own."""
@@ -528,6 +551,15 @@ class LanguageStudent(Protocol):
 
     def build_language(self, tokenizer: Any) -> torch.nn.Module:
         """A Hugging Face causal language model with fresh (or pretrained) weights from torch's global generator."""
+        ...
+
+
+@runtime_checkable
+class WhiteBoxStudent(LanguageStudent, Protocol):
+    """A student that is built from the teacher's own weights, which nobody has who only queries it."""
+
+    def of_teacher(self, network: torch.nn.Module) -> WhiteBoxStudent:
+        """The same student with a teacher's network to copy from."""
         ...
 
 

@@ -31,7 +31,6 @@ from distill.records import (
     InputSpec,
     InterfaceProfile,
     Result,
-    Reveals,
     TransferSet,
     file_hash,
     softmax,
@@ -184,8 +183,8 @@ class Experiment:
         if profile.top_k is not None and profile.top_k > data.classes:
             key = "access.top_k" if config.access.top_k == profile.top_k else "defense.k"
             raise DistillError(f"{profile.top_k} is more than the {data.classes} classes of {data.name}", key)
-        check_profile("attack", choices, attack.requires, profile)
-        check_profile("objective", choices, objective.requires, profile)
+        check_profile("attack", attack, choices, profile)
+        check_profile("objective", objective, choices, profile)
         pool: Examples = build(config.pool, "pool").load(data)
         if len(pool) == 0:
             raise DistillError("the pool is empty", "pool")
@@ -344,12 +343,14 @@ def make_trainer(config: Any, log_row: Callable[[dict[str, Any]], None] | None =
     )
 
 
-def check_profile(group: str, choices: dict[str, str], requires: Reveals, profile: InterfaceProfile) -> None:
-    if profile.reveals >= requires:
+def check_profile(group: str, method: Any, choices: dict[str, str], profile: InterfaceProfile) -> None:
+    """Raises `DistillError` where a method needs richer answers than there are, naming those that would do."""
+    if profile.reveals >= method.requires:
         return
-    fits = options_that(group, lambda method: method.requires <= profile.reveals)
+    language = of_language(group, type(method))
+    fits = options_that(group, lambda k: k.requires <= profile.reveals and of_language(group, k) is language)
     raise DistillError(
-        f"{choices[group]} requires {requires.name.lower()}, but defense={choices['defense']} behind "
+        f"{choices[group]} requires {method.requires.name.lower()}, but defense={choices['defense']} behind "
         f"access={choices['access']} reveals {profile} only; compatible: {', '.join(fits)}",
         group,
     )

@@ -25,6 +25,7 @@ from distill.contracts import (
     LocalLanguageTeacher,
     PromptAttack,
     Signal,
+    WhiteBoxStudent,
 )
 from distill.errors import DistillError
 from distill.experiment import SAMPLES, WEIGHTS, check_domain, check_profile, save_weights, whole_weights
@@ -203,6 +204,7 @@ class LanguageExperiment:
         check_profile("attack", attack, choices, profile)
         check_profile("objective", objective, choices, profile)
         check_profile("signal", signal, choices, profile)
+        check_profile("student", student, choices, profile)
         if isinstance(signal, Text) and objective.requires > Reveals.TEXT:
             raise DistillError(f"objective={choices['objective']} learns from distributions; take top_k, say", "signal")
         if curation.knows == "the task's checker" and task.check is None:
@@ -211,6 +213,8 @@ class LanguageExperiment:
         if len(pool) == 0:
             raise DistillError("the pool is empty", "pool")
         teacher.prepare(task, trainer, cache_dir())
+        if isinstance(student, WhiteBoxStudent) and isinstance(teacher, LocalLanguageTeacher):
+            student = student.of_teacher(teacher.network)
         if teacher.tokenizer is None and not isinstance(signal, Text):
             raise DistillError(
                 "a signal is over tokens, and this teacher's are not known; state its tokenizer", "teacher"

@@ -159,13 +159,14 @@ class Dataset:
 
 class Reveals(enum.IntEnum):
     """How much an answer says, poorest first. Of a language model: the text, the k most probable tokens at each position
-    too, or whole distributions."""
+    too, whole distributions, the hidden states and output matrix behind them, or all of its weights (white-box)."""
 
     LABEL = 1
     TEXT = 1
     TOP_K = 2
     PROBS = 3
     LOGITS = 4
+    WEIGHTS = 5
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class InterfaceProfile:
 
     def truncate(self, answers: Answers) -> Answers:
         """The answers with everything removed that this profile does not reveal; what is left is a distribution."""
-        if self.reveals is Reveals.LOGITS:
+        if self.reveals >= Reveals.LOGITS:
             return answers
         if self.reveals is Reveals.PROBS:
             return Answers(answers.posteriors)

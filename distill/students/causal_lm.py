@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from distill.errors import DistillError
+from distill.records import Reveals
 from distill.students import _huggingface
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,6 +25,8 @@ class CausalLM:
         gradient_checkpointing: Compute each layer again in the backward pass instead of keeping what is inside it:
             about a third more time, a fraction of the memory, the same result.
     """
+
+    requires: ClassVar[Reveals] = Reveals.TEXT
 
     def __init__(
         self,

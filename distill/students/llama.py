@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from distill.errors import DistillError
+from distill.records import Reveals
 
 
 class Llama:
@@ -30,6 +31,8 @@ class Llama:
     Raises:
         ValueError: A value is out of its range.
     """
+
+    requires: ClassVar[Reveals] = Reveals.TEXT
 
     def __init__(
         self,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from distill.errors import DistillError, MissingAsset
+from distill.records import Reveals
 from distill.students.causal_lm import CausalLM
 
 
@@ -32,6 +33,8 @@ class LoRA:
     Raises:
         ValueError: A value is out of its range.
     """
+
+    requires: ClassVar[Reveals] = Reveals.TEXT
 
     def __init__(
         self,

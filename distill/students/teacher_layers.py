@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from distill.errors import DistillError
+from distill.records import Reveals
 
 
 class TeacherLayers:
@@ -23,6 +24,8 @@ class TeacherLayers:
     Args:
         every: Layers 0, every, 2·every, … are taken.
     """
+
+    requires: ClassVar[Reveals] = Reveals.WEIGHTS
 
     def __init__(self, every: int = 2) -> None:
         if every < 1:
