@@ -76,6 +76,7 @@ class RunConfig:
     force: bool = False
     progress: bool = True
     export: str | None = None
+    push_to_hub: str | None = None
 
 
 @dataclass

@@ -253,6 +253,13 @@ class Experiment:
         """A self-contained copy, inputs included."""
         transfer.export(transfer_set, self.pool, path, class_names=self.data.class_names)
 
+    def push_to_hub(self, transfer_set: TransferSet, repo: str) -> str:
+        raise DistillError(
+            "sets of classifiers are exported to a folder only, since their inputs may not be yours to publish; "
+            "set run.export",
+            "run.push_to_hub",
+        )
+
     def fit(self, transfer_set: TransferSet, name: str, directory: Path) -> TrainedStudent:
         """A student from fresh weights; an interrupted training goes on from `directory`."""
         return self.students.fit(transfer_set, self.pool, name, directory)

@@ -288,6 +288,10 @@ class LanguageExperiment:
         """A self-contained copy in the hub's own form."""
         answers_on_disk.export(synthetic, path)
 
+    def push_to_hub(self, synthetic: SyntheticSet, repo: str) -> str:
+        """The same on the Hugging Face hub, private. Returns where."""
+        return answers_on_disk.push_to_hub(synthetic, repo)
+
     def fit(self, synthetic: SyntheticSet, name: str, directory: Path) -> TrainedLanguageModel:
         """A student from fresh weights; an interrupted training goes on from `directory`."""
         return self.students.fit(synthetic, self.signal_of, name, directory)

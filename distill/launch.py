@@ -137,13 +137,16 @@ def help_text(title: str, module: str, argv: list[str]) -> str:
         lines += [f"  {name:<24} {text}" for name, text in known.items()]
     lines += [
         "\nkeys",
-        "  budget.queries=N         how many answers the attacker may ask for; budget.usd=X bounds the money",
+        "  budget.queries=N         how many answers the attacker may ask for; budget.usd=X bounds the money,",
+        "                           budget.tokens=N those of prompts and answers",
         "  access.usd_per_query=X   what each answer is billed",
         "  curve=[0.1,0.3]          also train a fresh student at these shares of the queries",
         "  precision=no|bf16|fp16   mixed precision of the training loop",
         "  seed=N                   every random stream is derived from it",
         "  run.device=auto|cpu|cuda run.workers=N run.threads=N run.progress=false",
         "  run.force=true           repeat a finished run          run.export=PATH  a self-contained transfer set",
+        "  samples=N                language models: answers to each prompt      max_length=N  positions of a training row",
+        "  run.push_to_hub=REPO     language models: the transfer set to the Hugging Face hub, private",
         "\nenvironment",
         "  DISTILL_CACHE            teachers and clean answers (default: the platform's cache folder)",
         "  DISTILL_TRACEBACK=1      full tracebacks                DISTILL_ALLOW_TARGETS=mypkg.  classes of your own",

@@ -100,10 +100,12 @@ def run(config: Any) -> None:
 
 
 def export(experiment: Any, transfer_set: Any) -> None:
-    """Write a self-contained copy, inputs included, where `run.export` says so."""
+    """Write a self-contained copy, inputs included, where `run.export` or `run.push_to_hub` say so."""
     if (path := experiment.config.run.export) is not None:
         experiment.export(transfer_set, Path(path))
         log.info("exported the transfer set to %s", path)
+    if (repo := experiment.config.run.push_to_hub) is not None:
+        log.info("pushed the transfer set to %s", experiment.push_to_hub(transfer_set, repo))
 
 
 def main() -> None:

@@ -5,34 +5,35 @@ Inside a run a transfer set refers to its pool by row (`save`, `load`); exported
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import ClassLabel, DatasetInfo, Features, Image, LargeList, List, Value
+from datasets import ClassLabel, Image, LargeList, List, Value
 from PIL import Image as Pixels
 
-from distill.errors import DistillError
-from distill.records import Examples, InputSpec, TransferSet, file_hash
+from distill.records import Examples, InputSpec, TransferSet
+from distill.stored import (
+    DamagedTransferSet,
+    card,
+    lists,
+    read,
+    replacing,
+    write_arrow,
+    write_parquet,
+    write_sidecar,
+)
+
+__all__ = ["DamagedTransferSet", "export", "load", "save"]
 
 SCHEMA = 1
 BATCH_BYTES = 16 << 20  # what is turned into arrow at once
 PNG_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
 
-_DATA = "data-00000-of-00001.arrow"
 _SIDECAR = "transfer_set.json"
-
-
-class DamagedTransferSet(DistillError):
-    """A transfer set is missing, incomplete or not what was written. It can be made again from the provider's log."""
 
 
 def save(transfer_set: TransferSet, path: Path) -> None:
@@ -52,13 +53,11 @@ def save(transfer_set: TransferSet, path: Path) -> None:
         text = made.dtype == object
         feature = Value("large_string") if text else LargeList(Value(made.dtype.name))
         columns["input"] = feature, lambda part: _made_inputs(transfer_set.rows, made, part)
-    features = Features({name: feature for name, (feature, _) in columns.items()})
     row_bytes = 8 * transfer_set.classes + (0 if made is None or made.dtype == object else made[:1].nbytes)
-    with _replacing(path) as folder:
-        with pa.OSFile(str(folder / _DATA), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as stream:
-            for batch in _batches(columns, features, len(transfer_set), row_bytes):
-                stream.write_table(batch)
-        sidecar = {
+    with replacing(path) as folder:
+        content = write_arrow(folder, columns, len(transfer_set), max(1, BATCH_BYTES // row_bytes))
+        (folder / "README.md").write_text(_card(transfer_set, f'datasets.load_from_disk("{path.name}")'))
+        facts = {
             "schema": SCHEMA,
             "queries": len(transfer_set),
             "classes": transfer_set.classes,
@@ -66,19 +65,9 @@ def save(transfer_set: TransferSet, path: Path) -> None:
             "profile": transfer_set.profile,
             "note": transfer_set.note,
             "made": None if made is None else {"shape": made.shape[1:], "dtype": made.dtype.name},
-            "data": file_hash(folder / _DATA),
+            "data": content,
         }
-        # What `Dataset.save_to_disk` writes beside the data, without its progress bar and copies.
-        DatasetInfo(features=features).write_to_directory(str(folder))
-        state = dict.fromkeys(("_format_columns", "_format_type", "_split")) | {
-            "_data_files": [{"filename": _DATA}],
-            "_fingerprint": sidecar["data"],
-            "_format_kwargs": {},
-            "_output_all_columns": False,
-        }
-        (folder / "state.json").write_text(json.dumps(state, indent=1))
-        (folder / "README.md").write_text(_card(transfer_set, f'datasets.load_from_disk("{path.name}")'))
-        (folder / _SIDECAR).write_text(json.dumps(sidecar | {"checksum": _seal(sidecar)}, indent=1) + "\n")
+        write_sidecar(folder / _SIDECAR, facts)
 
 
 def load(path: Path) -> TransferSet:
@@ -87,19 +76,7 @@ def load(path: Path) -> TransferSet:
     Raises:
         DamagedTransferSet: It is missing, incomplete, or a checksum doesn't fit.
     """
-    try:
-        sidecar = json.loads((path / _SIDECAR).read_text())
-        checksum = sidecar.pop("checksum")
-        if checksum != _seal(sidecar):
-            raise DamagedTransferSet(f"{path / _SIDECAR} is damaged (its checksum does not fit)")
-        if sidecar["schema"] != SCHEMA:
-            raise DamagedTransferSet(f"{path} has schema {sidecar['schema']}; this version reads {SCHEMA}")
-        if file_hash(path / _DATA) != sidecar["data"]:
-            raise DamagedTransferSet(f"{path / _DATA} is damaged (its checksum does not fit)")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise DamagedTransferSet(f"{path} is not a complete transfer set ({error})") from None
-    with pa.memory_map(str(path / _DATA)) as file:
-        table = pa.ipc.open_stream(file).read_all()
+    table, sidecar = read(path, _SIDECAR, SCHEMA)
     shape = (len(table), sidecar["classes"])
     made = sidecar["made"]
     return TransferSet(
@@ -128,14 +105,9 @@ def export(transfer_set: TransferSet, pool: Examples, path: Path, class_names: t
     columns: dict[str, tuple[Any, Callable[[slice], pa.Array]]] = {
         name: (feature, lambda part: encode(inputs[part])),
     } | _answer_columns(transfer_set, ClassLabel(names=list(class_names)))
-    features = Features({name: feature for name, (feature, _) in columns.items()})
     row_bytes = 8 * transfer_set.classes + 8 * int(np.prod(pool.spec.shape))
-    with _replacing(path) as folder:
-        (folder / "data").mkdir()
-        file = folder / "data" / "train-00000-of-00001.parquet"
-        with pq.ParquetWriter(file, features.arrow_schema) as writer:
-            for batch in _batches(columns, features, len(transfer_set), row_bytes):
-                writer.write_table(batch)
+    with replacing(path) as folder:
+        write_parquet(folder, columns, len(transfer_set), max(1, BATCH_BYTES // row_bytes))
         (folder / "README.md").write_text(_card(transfer_set, f'datasets.load_dataset("{path.name}", split="train")'))
 
 
@@ -144,28 +116,11 @@ def _answer_columns(transfer_set: TransferSet, label: Any) -> dict[str, tuple[An
     posteriors, logits = transfer_set.posteriors, transfer_set.logits
     columns: dict[str, tuple[Any, Callable[[slice], pa.Array]]] = {
         "label": (label, lambda part: pa.array(posteriors[part].argmax(axis=1))),
-        "posterior": (posterior, lambda part: _lists(posteriors[part])),
+        "posterior": (posterior, lambda part: lists(posteriors[part])),
     }
     if logits is not None:
-        columns["logits"] = posterior, lambda part: _lists(logits[part])
+        columns["logits"] = posterior, lambda part: lists(logits[part])
     return columns
-
-
-def _batches(
-    columns: dict[str, tuple[Any, Callable[[slice], pa.Array]]], features: Features, rows: int, row_bytes: int
-) -> Iterator[pa.Table]:
-    step = max(1, BATCH_BYTES // row_bytes)
-    for start in range(0, rows, step):
-        part = slice(start, min(rows, start + step))
-        yield pa.table({name: make(part) for name, (_, make) in columns.items()}, schema=features.arrow_schema)
-
-
-def _lists(rows: np.ndarray) -> pa.Array:
-    """(n, a, b, …) numbers as n lists of a lists of b …, of fixed lengths."""
-    values = pa.array(np.ascontiguousarray(rows).reshape(-1))
-    for length in reversed(rows.shape[1:]):
-        values = pa.FixedSizeListArray.from_arrays(values, length)
-    return values
 
 
 def _made_inputs(rows: np.ndarray, made: np.ndarray, part: slice) -> pa.Array:
@@ -191,7 +146,7 @@ def _input_column(spec: InputSpec, dtype: np.dtype) -> tuple[Any, Callable[[np.n
     feature: Any = Value(dtype.name)
     for length in reversed(spec.shape):
         feature = List(feature, length=length)
-    return feature, _lists
+    return feature, lists
 
 
 def _png(images: np.ndarray) -> pa.Array:
@@ -216,44 +171,13 @@ def _values(table: pa.Table, name: str) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False)
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `path` when it is complete."""
-    unfinished, old = (path.with_name(f".{path.name}.{what}") for what in ("unfinished", "old"))
-    try:
-        for leftover in (unfinished, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        if path.exists():
-            path.rename(old)
-        unfinished.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise DistillError(f"cannot write {path} ({error.strerror or error})") from None
-
-
 def _card(transfer_set: TransferSet, loading: str) -> str:
     made = int((transfer_set.rows < 0).sum())
-    return f"""---
-tags:
-- knowledge-distillation
-- model-extraction
----
-# Transfer set
-
-{transfer_set.note or "Queries to a teacher and the answers that its provider returned."}
-
-- queries: {len(transfer_set)}, of which the attack made {made} itself
-- classes: {transfer_set.classes}
-- interface profile: {transfer_set.profile}
-- pool: {transfer_set.pool}
-
-Load it with `{loading}`. The answers are those that the attacker received, after the provider's defense; the teacher's
-own answers are not in here.
-"""
-
-
-def _seal(sidecar: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(sidecar, sort_keys=True).encode(), digest_size=16).hexdigest()
+    facts = {
+        "queries": f"{len(transfer_set)}, of which the attack made {made} itself",
+        "classes": transfer_set.classes,
+        "interface profile": transfer_set.profile,
+        "pool": transfer_set.pool,
+    }
+    about = transfer_set.note or "Queries to a teacher and the answers that its provider returned."
+    return card("Transfer set", about, facts, loading)
