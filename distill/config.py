@@ -26,7 +26,9 @@ QUERY_GROUPS = (
     *("data", "pool", "teacher", "defense", "access", "attack", "budget", "precision", "seed"),
     *("sampling", "samples"),
 )
-STUDENT_GROUPS = ("recovery", "signal", "objective", "student", "training", "max_length", "metric", "curve")
+STUDENT_GROUPS = (
+    *("recovery", "signal", "rollout", "objective", "student", "training", "max_length", "metric", "curve"),
+)
 # Keys that say where or how fast, not what; they are left out of every identity.
 NOT_IDENTITY = frozenset(
     {
@@ -59,11 +61,13 @@ class AccessConfig:
 
 @dataclass
 class BudgetConfig:
-    """What the attacker may spend: at least one of these."""
+    """What the attacker may spend: at least one of the first three; `scored` is how many texts of a student's own the
+    teacher scores while it learns on-policy, besides."""
 
     queries: int | None = None
     usd: float | None = None
     tokens: int | None = None
+    scored: int | None = None
 
 
 @dataclass
@@ -99,11 +103,12 @@ class Config:
     curve: list[float] = field(default_factory=list)
     precision: str = "no"
     seed: int = 0
-    # Of language models: how answers are drawn, how many to a prompt, what a student learns from besides text, and the
-    # positions of a packed training row.
+    # Of language models: how answers are drawn, how many to a prompt, what a student learns from besides text, on whose
+    # text, and the positions of a packed training row.
     sampling: Any = None
     samples: int = 1
     signal: Any = None
+    rollout: Any = None
     max_length: int = 512
     name: str = MISSING
     run: RunConfig = field(default_factory=RunConfig)

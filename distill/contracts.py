@@ -535,6 +535,71 @@ class LanguageObjective(Protocol):
         ...
 
 
+Example = tuple[list[int], list[int]]  # the tokens of a prompt and of an answer to it
+
+
+class Write(Protocol):
+    """How a rollout has the student write."""
+
+    def __call__(self, prompts: list[list[int]], sampling: Sampling, teacher_share: float = 0.0) -> list[list[int]]:
+        """An answer to each prompt, by the student as it is now, none longer than a row has room for.
+
+        Args:
+            prompts: n lists of tokens.
+            sampling: How to draw.
+            teacher_share: Chance of each token to be drawn from the teacher instead. Each such token is a query.
+        """
+        ...
+
+
+class Rollout(Protocol):
+    """`distill.rollouts`: on whose text a step learns.
+
+    Attributes:
+        writes: False where it is always the synthetic set's.
+        needs_validation: It looks at the loss on rows held out.
+    """
+
+    writes: ClassVar[bool]
+    needs_validation: ClassVar[bool]
+
+    def state(self, width: int) -> torch.nn.Module | None:
+        """A new training begins. Returns the buffers that a checkpoint must hold for it to be continued, or None.
+
+        Args:
+            width: Tokens of the longest example.
+        """
+        ...
+
+    def examples(self, prompts: list[list[int]], write: Write, chance: float, progress: float) -> list[Example] | None:
+        """What is learnt from in place of the answers to these prompts; None for these answers of the synthetic set.
+
+        What else is random comes from torch's generator.
+
+        Args:
+            prompts: Those of one forward pass.
+            write: The student.
+            chance: Uniform in [0, 1), the same for the whole step.
+            progress: Share of the training that is over.
+        """
+        ...
+
+    def validated(self, loss: float) -> None:
+        """The mean loss on the rows held out, after each epoch; they are the synthetic set's."""
+        ...
+
+    def credit(self, student: Head, teacher: Head, labels: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the objective's loss on text that the rollout gave; None for nothing.
+
+        Args:
+            student: At n positions.
+            teacher: At the same.
+            labels: (n,) int64, the tokens.
+            sequence: (n,) int64, which answer each belongs to. Those of one answer are neighbours, in order.
+        """
+        ...
+
+
 @runtime_checkable
 class LanguageStudent(Protocol):
     """`distill.students`, in the generation domain.

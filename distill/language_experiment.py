@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from distill.contracts import (
     Curation,
     LanguageMetric,
     LanguageObjective,
+    LanguageOracle,
     LanguageStudent,
     LanguageTeacher,
     LocalLanguageTeacher,
     PromptAttack,
+    Rollout,
     Signal,
     WhiteBoxStudent,
 )
@@ -32,6 +34,7 @@ from distill.experiment import SAMPLES, WEIGHTS, check_domain, check_profile, sa
 from distill.language import Completions, Evidence, Prompts, Sampling, SyntheticSet, Task
 from distill.language_training import build_language, fit_language_student
 from distill.launch import write_atomically
+from distill.on_policy import fit_on_policy
 from distill.packing import same_tokens
 from distill.provider.language_provider import LanguageProvider
 from distill.provider.ledger import LanguageLedger, Prices
@@ -39,6 +42,7 @@ from distill.provider.oracle import serve_text
 from distill.provider.teachers._causal_lm import CausalLM
 from distill.randomness import derive
 from distill.records import Budget, InterfaceProfile, Result, Reveals
+from distill.rollouts.off_policy import OffPolicy
 from distill.signals.store import SignalCache
 from distill.signals.text import Text
 from distill.training import Recipe, Trainer
@@ -88,6 +92,7 @@ class LanguageStudents:
 
     student: LanguageStudent
     curation: Curation
+    rollout: Rollout
     objective: LanguageObjective
     recipe: Recipe
     trainer: Trainer
@@ -119,7 +124,12 @@ class LanguageStudents:
         return trained
 
     def fit(
-        self, synthetic: SyntheticSet, signal_of: Any, name: str = "interim", directory: Path | None = None
+        self,
+        synthetic: SyntheticSet,
+        signal_of: Any,
+        name: str = "interim",
+        directory: Path | None = None,
+        oracle: LanguageOracle | None = None,
     ) -> TrainedLanguageModel:
         """A student from fresh weights. With a `directory`, an interrupted training goes on from there.
 
@@ -128,17 +138,20 @@ class LanguageStudents:
             signal_of: From the curated answers to the teacher's distributions at their tokens, or to None.
             name: The stage in the log.
             directory: Where the checkpoint lies while this runs.
+            oracle: Scores the student's own text, where it learns from that.
         """
         curated = self.curation.curate(synthetic, self.knowledge)
         signal = signal_of(curated)
-        network, history = fit_language_student(
+        learn: Any = partial(fit_language_student, teachers=self.tokenizer)
+        if oracle is not None:
+            learn = partial(fit_on_policy, rollout=self.rollout, oracle=oracle)
+        network, history = learn(
             self.trainer,
             self.student,
             curated,
             self.objective,
             self.recipe,
             signal=signal,
-            teachers=self.tokenizer,
             max_length=self.max_length,
             seed=derive(self.seed, "student"),
             name=name,
@@ -193,6 +206,7 @@ class LanguageExperiment:
         curation: Curation = build(config.recovery, "recovery")
         objective: LanguageObjective = build(config.objective, "objective")
         signal: Signal = Text() if config.signal is None else build(config.signal, "signal")
+        rollout: Rollout = OffPolicy() if config.rollout is None else build(config.rollout, "rollout")
         student: LanguageStudent = build(config.student, "student")
         recipe: Recipe = build(config.training, "training")
         metrics: dict[str, LanguageMetric] = build(config.metric, "metric")
@@ -205,7 +219,9 @@ class LanguageExperiment:
         check_profile("objective", objective, choices, profile)
         check_profile("signal", signal, choices, profile)
         check_profile("student", student, choices, profile)
-        if isinstance(signal, Text) and objective.requires > Reveals.TEXT:
+        if rollout.writes and config.budget.scored is None:
+            raise DistillError("a student that learns on its own text needs it scored; set how often", "budget.scored")
+        if isinstance(signal, Text) and not rollout.writes and objective.requires > Reveals.TEXT:
             raise DistillError(f"objective={choices['objective']} learns from distributions; take top_k, say", "signal")
         if curation.knows == "the task's checker" and task.check is None:
             raise DistillError(f"{task.name} has no checker to verify answers with", "recovery")
@@ -235,6 +251,7 @@ class LanguageExperiment:
             students=LanguageStudents(
                 student,
                 curation,
+                rollout,
                 objective,
                 recipe,
                 trainer,
@@ -251,11 +268,14 @@ class LanguageExperiment:
     @cached_property
     def provider(self) -> LanguageProvider:
         """The provider of this experiment, for the attack and for the evaluation."""
+        return self._provider(self.budget)
+
+    def _provider(self, budget: Budget) -> LanguageProvider:
         return LanguageProvider(
             self.teacher,
             access=self.profile,
             prices=_prices(self.config),
-            budget=self.budget,
+            budget=budget,
             sampling=self.sampling,
             cache=cache_dir(),
         )
@@ -294,7 +314,14 @@ class LanguageExperiment:
 
     def fit(self, synthetic: SyntheticSet, name: str, directory: Path) -> TrainedLanguageModel:
         """A student from fresh weights; an interrupted training goes on from `directory`."""
-        return self.students.fit(synthetic, self.signal_of, name, directory)
+        if not self.students.rollout.writes:
+            return self.students.fit(synthetic, self.signal_of, name, directory)
+        scorer = self._provider(Budget(queries=self.config.budget.scored))
+        with serve_text(scorer) as oracle:
+            student = self.students.fit(synthetic, self.signal_of, name, directory, oracle)
+        cost = scorer.cost()
+        student.history["scored"] = {"queries": cost.queries, "tokens": cost.tokens_in, "usd": cost.usd}
+        return student
 
     def signal_of(self, curated: SyntheticSet) -> StoredSignal | None:
         """What the student learns from besides text: stored once, beside the transfer set, for all students of it."""

@@ -145,7 +145,7 @@ def help_text(title: str, module: str, argv: list[str]) -> str:
         "  seed=N                   every random stream is derived from it",
         "  run.device=auto|cpu|cuda run.workers=N run.threads=N run.progress=false",
         "  run.force=true           repeat a finished run          run.export=PATH  a self-contained transfer set",
-        "  samples=N                language models: answers to each prompt      max_length=N  positions of a training row",
+        "  samples=N                language models: answers to a prompt    max_length=N  positions of a training row",
         "  run.push_to_hub=REPO     language models: the transfer set to the Hugging Face hub, private",
         "\nenvironment",
         "  DISTILL_CACHE            teachers and clean answers (default: the platform's cache folder)",

@@ -158,8 +158,8 @@ class Dataset:
 
 
 class Reveals(enum.IntEnum):
-    """How much an answer says, poorest first. Of a language model: the text, the k most probable tokens at each position
-    too, whole distributions, the hidden states and output matrix behind them, or all of its weights (white-box)."""
+    """How much an answer says, poorest first. Of a language model: the text, the k most probable tokens at each
+    position too, whole distributions, the hidden states and output matrix behind them, or all weights (white-box)."""
 
     LABEL = 1
     TEXT = 1
