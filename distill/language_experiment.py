@@ -268,9 +268,9 @@ class LanguageExperiment:
     @cached_property
     def provider(self) -> LanguageProvider:
         """The provider of this experiment, for the attack and for the evaluation."""
-        return self._provider(self.budget)
+        return self._provider(self.budget, self.queries / "provider_log")
 
-    def _provider(self, budget: Budget) -> LanguageProvider:
+    def _provider(self, budget: Budget, log: Path | None = None) -> LanguageProvider:
         return LanguageProvider(
             self.teacher,
             access=self.profile,
@@ -278,6 +278,7 @@ class LanguageExperiment:
             budget=budget,
             sampling=self.sampling,
             cache=cache_dir(),
+            log=log,
         )
 
     @property

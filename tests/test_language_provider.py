@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -129,6 +130,16 @@ def test_budgets_that_bound_nothing_are_refused(budget: dict, prices: Prices, ke
         LanguageLedger(Budget(**budget), prices)
     with pytest.raises(DistillError, match=r"access\.usd_per_mtok_out"):
         Prices(usd_per_mtok_out=-1.0)
+
+
+def test_the_log_has_a_line_for_each_answer_also_after_a_playback(tmp_path: Path) -> None:
+    for _ in range(2):
+        provider = a_text_provider(tmp_path, prices=Prices(usd_per_query=0.5), log=tmp_path / "provider_log")
+        ask(provider, questions(3), samples=2)
+        lines = [json.loads(line) for line in (tmp_path / "provider_log/answers.jsonl").read_text().splitlines()]
+        assert [line["repeat"] for line in lines] == [0, 1] * 3
+        assert sum(line["usd"] for line in lines) == provider.cost().usd == 3.0
+        assert len({line["request"] for line in lines}) == 6
 
 
 # --- requests -------------------------------------------------------------------------------------------------------
@@ -349,7 +360,12 @@ def test_a_system_prompt_is_put_before_chats_without_one() -> None:
 
 @pytest.mark.parametrize(
     ("option", "key"),
-    [({"stop": [""]}, "stop"), ({"max_tokens": 0}, "max_tokens"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p")],
+    [
+        ({"stop": [""]}, "stop"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+    ],
 )
 def test_sampling_out_of_range(option: dict, key: str) -> None:
     with pytest.raises(DistillError, match=rf"sampling\.{key}"):

@@ -44,8 +44,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
     (path,) = (finished / "outputs/prompt_pool-vs-none").glob("*/result.json")
     run, result = path.parent, json.loads(path.read_text())
-    for name in (".hydra/config.yaml", "transfer_set", "student/model.safetensors", "student/tokenizer.json",
-                 "student/config.json", "metrics.jsonl", "samples.jsonl", "train.log"):  # fmt: skip
+    for name in (".hydra/config.yaml", "transfer_set", "provider_log/answers.jsonl", "metrics.jsonl", "samples.jsonl",
+                 "train.log", *(f"student/{n}" for n in ("model.safetensors", "tokenizer.json", "config.json"))):  # fmt: skip
         assert (run / name).exists(), name
     assert set(result["accuracy"]) == {"teacher", "defended_teacher", "student", "untrained"}
     assert result["cost"]["queries"] == 40
@@ -103,10 +103,10 @@ def test_kill_9_and_the_same_command_again(finished: Path, tmp_path: Path) -> No
     distill("train", *words, cwd=tmp_path / "whole", env=environment)
     whole, rng = time.monotonic() - started, random.Random(0)
     (tmp_path / "killed").mkdir()
-    after, kills = 0.55 * whole, 0
+    after, kills = 0.5 * whole, 0
     while killed(words, tmp_path / "killed", after, {"DISTILL_CACHE": str(tmp_path / "second")}):
         kills += 1
-        after += rng.uniform(0.08, 0.15) * whole
+        after += rng.uniform(0.12, 0.2) * whole
     assert kills
     assert numbers(result_of(tmp_path / "killed")) == numbers(result_of(tmp_path / "whole"))
 

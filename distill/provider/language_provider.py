@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ class LanguageProvider:
         budget: What the attacker may spend.
         sampling: How answers are drawn where the attack does not say.
         cache: The folder that runs share (`distill.config.cache_dir()`).
+        log: A folder for the log of this query stage: one line for each answer given, under whose `request` the cache
+            keeps the clean one. It is begun anew when an attack is played back. None for no log.
 
     Raises:
         DistillError: The access policy reveals what the teacher can't tell, or price and budget don't fit.
@@ -48,6 +51,7 @@ class LanguageProvider:
         budget: Budget,
         sampling: Sampling,
         cache: Path,
+        log: Path | None = None,
     ) -> None:
         self.teacher = teacher
         self.profile = access
@@ -65,6 +69,8 @@ class LanguageProvider:
         self._real_prices = Prices(0.0, teacher.usd_per_mtok_in, teacher.usd_per_mtok_out)
         self._requests = RequestCache(cache / "requests" / teacher.fingerprint)
         self._repeats = RepeatCounter()
+        self._log_folder = log
+        self._log: TextIO | None = None
         self._output: Head | None = None  # what scored sequences share
 
     # --- what the attacker gets ---------------------------------------------------------------------------------
@@ -92,6 +98,7 @@ class LanguageProvider:
             part = slice(done, done + fits)
             answers = self.revealed(self.clean(asked.take(part), sampling, repeats[part]))
             usd.append(self.ledger.bill(answers))
+            self._write_log(asked.take(part), sampling, repeats[part], answers, usd[-1])
             parts.append(answers)
             done += fits
         self.ledger.seconds += time.perf_counter() - started
@@ -176,7 +183,29 @@ class LanguageProvider:
         return [replace(self._output, hidden=head.hidden.clone()) for head in heads]
 
     def close(self) -> None:
-        """Every answer is on disk as soon as it is made."""
+        """End the log. Every answer is in the cache as soon as it is made."""
+        if self._log is not None:
+            self._log.close()
+
+    def _write_log(
+        self, prompts: Prompts, sampling: Sampling, repeats: np.ndarray, answers: Completions, usd: np.ndarray
+    ) -> None:
+        if self._log_folder is None:
+            return
+        if self._log is None:
+            self._log_folder.mkdir(parents=True, exist_ok=True)
+            self._log = (self._log_folder / "answers.jsonl").open("w", encoding="utf-8")
+        for row, key in enumerate(sampling.request_keys(prompts, repeats).tolist()):
+            line = {
+                "request": key.hex(),
+                "repeat": int(repeats[row]),
+                "tokens_in": int(answers.prompt_tokens[row]),
+                "tokens_out": int(answers.completion_tokens[row]),
+                "finish": answers.finish[row],
+                "usd": float(usd[row]),
+            }
+            self._log.write(json.dumps(line) + "\n")
+        self._log.flush()
 
     # --- what the evaluation gets: not billed, but cached ---------------------------------------------------------
 
