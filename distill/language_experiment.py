@@ -39,12 +39,12 @@ from distill.packing import same_tokens
 from distill.provider.language_provider import LanguageProvider
 from distill.provider.ledger import LanguageLedger, Prices
 from distill.provider.oracle import serve_text
-from distill.provider.teachers._causal_lm import CausalLM
 from distill.randomness import derive
 from distill.records import Budget, InterfaceProfile, Result, Reveals
 from distill.rollouts.off_policy import OffPolicy
 from distill.signals.store import SignalCache
 from distill.signals.text import Text
+from distill.speaker import CausalLM
 from distill.training import Recipe, Trainer
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class TrainedLanguageModel:
     def speaker(self) -> CausalLM:
         """The network, as a model that answers."""
         speaker = CausalLM(batch_size=64)
-        speaker._hold(self.module, self.tokenizer)
+        speaker.hold(self.module, self.tokenizer)
         return speaker
 
 

@@ -19,12 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distill.contracts import Example, LanguageObjective, LanguageOracle, LanguageStudent, Rollout, Write
+from distill.decoding import Decoder, Network, Processor
 from distill.errors import DistillError
 from distill.heads import Head, Sparse
 from distill.language import Sampling, SyntheticSet
 from distill.language_training import LanguageModule, Signal, build_language
 from distill.packing import Encoded, Packed, encode, end_of_answer, pack, same_tokens
-from distill.provider.teachers._generation import Decoder, Network, Processor
 from distill.randomness import derive, generator
 from distill.records import Reveals
 from distill.training import Recipe, TensorFeatures, Trainer

@@ -44,8 +44,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
     (path,) = (finished / "outputs/prompt_pool-vs-none").glob("*/result.json")
     run, result = path.parent, json.loads(path.read_text())
-    for name in (".hydra/config.yaml", "transfer_set", "provider_log/answers.jsonl", "metrics.jsonl", "samples.jsonl",
-                 "train.log", *(f"student/{n}" for n in ("model.safetensors", "tokenizer.json", "config.json"))):  # fmt: skip
+    names = [".hydra/config.yaml", "transfer_set", "provider_log/answers.jsonl", "metrics.jsonl", "samples.jsonl"]
+    names += ["train.log", "student/model.safetensors", "student/tokenizer.json", "student/config.json"]
+    for name in names:
         assert (run / name).exists(), name
     assert set(result["accuracy"]) == {"teacher", "defended_teacher", "student", "untrained"}
     assert result["cost"]["queries"] == 40

@@ -27,12 +27,12 @@ from distill.packing import Encoded, encode, pack
 from distill.provider.language_provider import LanguageProvider
 from distill.provider.ledger import Prices
 from distill.provider.oracle import serve_text
-from distill.provider.teachers._causal_lm import CausalLM
 from distill.records import Budget, InterfaceProfile, Reveals
 from distill.rollouts.gkd import GKD
 from distill.rollouts.minillm import MiniLLM
 from distill.rollouts.off_policy import OffPolicy
 from distill.rollouts.replay import Replay
+from distill.speaker import CausalLM
 from distill.students.llama import Llama
 from distill.training import Recipe, Trainer
 
@@ -55,7 +55,7 @@ class Teacher(CausalLM):
     def __init__(self, tokenizer=TOKENIZER, seed=1, **options):
         super().__init__(batch_size=64)
         self.network = network(len(tokenizer), seed, **options)
-        self._hold(self.network, tokenizer)
+        self.hold(self.network, tokenizer)
 
     def prepare(self, task, trainer, cache):
         pass
@@ -330,7 +330,7 @@ class Small:
     def __enter__(self):
         local = Teacher.__new__(Teacher)
         CausalLM.__init__(local, batch_size=64)
-        local._hold(self.teacher, FEW)
+        local.hold(self.teacher, FEW)
         self._open = oracle_of(self.tmp_path, local)
         oracle = self._open.__enter__()
         self._signal = ScoredSignal(oracle, Encoded([], []), None)
@@ -640,7 +640,7 @@ def divergence_of_own_text(student, prompts, tmp_path) -> float:
 SHARP = Teacher(seed=2)
 with torch.no_grad():
     SHARP.network.lm_head.weight.mul_(1.5)
-SHARP._hold(SHARP.network, TOKENIZER)
+SHARP.hold(SHARP.network, TOKENIZER)
 
 
 def test_on_policy_training_mends_the_students_own_text(tmp_path):

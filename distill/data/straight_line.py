@@ -19,14 +19,16 @@ class StraightLine:
     """Arithmetic that can't be done in one step: straight-line programs over digits modulo 10, steps written out.
 
     ``a=3;b=a+5;c=b-9;c?`` is answered ``a=3;b=3+5=8;c=8-9=9;.9``. Each variable is the one before it plus or minus a
-    digit or another earlier variable, so no assignment can be skipped. No two prompts are equal, and fewer rows of a
-    part are a prefix of more. Chats of one user message; references and entries hold the answer.
+    digit (or, with `variable_share`, another earlier variable: much harder to learn), so no assignment can be skipped.
+    No two prompts are equal, and fewer rows of a part are a prefix of more. Chats of one user message; references and
+    entries hold the answer.
 
     Args:
         train_rows: What a teacher that is trained here learns from.
         held_out_rows: What an attacker may hold.
         test_rows: What the evaluation asks.
         min_assignments, max_assignments: Every length between them (at most 26) is equally likely.
+        variable_share: Chance of what is added to be an earlier variable instead of a digit.
         check_steps: An answer is right only with all of its steps right; else the digit after its last dot decides.
         split_seed: Which programs.
 
@@ -41,6 +43,7 @@ class StraightLine:
         test_rows: int = 500,
         min_assignments: int = 4,
         max_assignments: int = 9,
+        variable_share: float = 0.0,
         check_steps: bool = False,
         split_seed: int = 0,
     ) -> None:
@@ -53,13 +56,19 @@ class StraightLine:
                 f"min_assignments ({min_assignments}) must be at least 2 and at most max_assignments "
                 f"({max_assignments}), which is at most {len(LETTERS)}"
             )
+        if not 0 <= variable_share <= 1:
+            raise DistillError(f"variable_share must be at least 0 and at most 1, not {variable_share}")
         # The shortest programs run out first; the others are as likely, and more.
         lengths = max_assignments - min_assignments + 1
-        programs = lengths * 10 * prod(2 * (10 + i - 1) for i in range(1, min_assignments))
+        operands = [
+            10 if i == 1 else 10 * (variable_share < 1) + (i - 1) * (variable_share > 0)
+            for i in range(1, min_assignments)
+        ]
+        programs = lengths * 10 * prod(2 * choices for choices in operands)
         if 2 * sum(self.rows.values()) > programs:
             raise DistillError(f"{sum(self.rows.values())} programs are too many for their lengths; raise them")
         self.min_assignments, self.max_assignments = min_assignments, max_assignments
-        self.check_steps, self.split_seed = check_steps, split_seed
+        self.variable_share, self.check_steps, self.split_seed = variable_share, check_steps, split_seed
 
     def load(self) -> Task:
         """Never raises."""
@@ -76,7 +85,7 @@ class StraightLine:
             sizes = rng.integers(self.min_assignments, self.max_assignments + 1, size=BLOCK).tolist()
             draws = rng.random((BLOCK, self.max_assignments, 2)).tolist()
             for size, numbers in zip(sizes, draws, strict=True):
-                question, answer = _program(numbers[:size])
+                question, answer = _program(numbers[:size], self.variable_share)
                 if question not in seen and len(questions) < rows:
                     seen.add(question)
                     questions.append(question)
@@ -85,17 +94,17 @@ class StraightLine:
         return Prompts.of_users(questions, references=column, entries=column, name=f"straight_line/{part}")
 
 
-def _program(numbers: list[list[float]]) -> tuple[str, str]:
+def _program(numbers: list[list[float]], variable_share: float) -> tuple[str, str]:
     """A program and its steps from two uniform numbers in [0, 1) an assignment: its sign and what it adds."""
     values = [int(10 * numbers[0][1])]
     program = steps = f"a={values[0]};"
     for i, (sign, operand) in enumerate(numbers[1:], start=1):
-        # Even odds for a digit and for an earlier variable, which b does not have beside a.
-        if i == 1 or operand < 0.5:
-            value = int(10 * operand) if i == 1 else int(20 * operand)
+        if i == 1 or operand >= variable_share:  # b has no earlier variable beside a
+            rest = operand if i == 1 else (operand - variable_share) / (1 - variable_share)
+            value = int(10 * rest)
             written = str(value)
         else:
-            earlier = int((2 * operand - 1) * (i - 1))
+            earlier = int(operand / variable_share * (i - 1))
             value, written = values[earlier], LETTERS[earlier]
         operator = "+" if sign < 0.5 else "-"
         values.append((values[-1] + value if operator == "+" else values[-1] - value) % 10)

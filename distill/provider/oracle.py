@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from distill.errors import BudgetExceeded, DistillError
+from distill.heads import Head
 from distill.language import Prompts, Sampling, SyntheticSet
 from distill.provider.language_provider import LanguageProvider
 from distill.provider.provider import Provider, no_answers
@@ -123,6 +124,22 @@ class LanguageOracle(_Desk):
             raise DistillError(f"is at least 1, not {samples}", "samples")
         return self._call("answer", prompts, sampling, samples, partial)
 
+    def score(self, sequences: list[list[int]], starts: list[int]) -> list[Head]:
+        """Pay for and receive the teacher's distributions at tokens that anyone wrote.
+
+        Args:
+            sequences: Lists of the teacher's tokens. Each is one query, and all of its tokens are prompt tokens.
+            starts: For each, the first token that is scored, at least 1: row j of its `Head` is the distribution of
+                token ``start + j``.
+
+        Raises:
+            BudgetExceeded: The budget does not afford all; nothing was scored.
+            DistillError: The API does not score tokens with whole distributions, or the provider failed.
+        """
+        # Plain lists: an attack's own sequence must not run in the provider's thread.
+        plain = [[int(token) for token in sequence] for sequence in sequences]
+        return self._call("score", plain, [int(start) for start in starts])
+
 
 @contextmanager
 def serve(provider: Provider) -> Iterator[Oracle]:
@@ -199,6 +216,8 @@ def _result(provider: Provider | LanguageProvider, name: str, arguments: Any) ->
         case "answer":
             # A copy: a view would lead to the array that it is a view of.
             return copy.deepcopy(provider.answer(*arguments))
+        case "score" if isinstance(provider, LanguageProvider):
+            return provider.score(*arguments)
         case "require":
             return provider.ledger.require(*arguments)
         case "affordable":
