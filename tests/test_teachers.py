@@ -28,12 +28,12 @@ from dense import RECIPE, Dense, dataset, digits
 from distill.config import CONFIG_DIR, build
 from distill.errors import BadAnswer, DistillError, MissingAsset
 from distill.provider.teachers import http as http_module
-from distill.provider.teachers import torch_classifier
 from distill.provider.teachers.callable import Callable
 from distill.provider.teachers.hf_image_classifier import HFImageClassifier
 from distill.provider.teachers.hf_text_classifier import HFTextClassifier
 from distill.provider.teachers.http import HTTP, is_loopback, retry_after_s
 from distill.provider.teachers.torch_classifier import TorchClassifier
+from distill.provider.teachers.trained import find_trained
 from distill.records import Dataset, InputSpec, Reveals, softmax
 from distill.training import Trainer
 
@@ -814,7 +814,7 @@ def test_torch_damage_is_noticed_and_mended(trained, cpu, caplog, name):
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert any(str(path) in warning and "damaged" in warning for warning in warnings)
     assert again.fingerprint == teacher.fingerprint
-    assert torch_classifier._find(path.parent) is not None
+    assert find_trained(path.parent) is not None
 
 
 def test_torch_killed_and_continued(trained, tmp_path):

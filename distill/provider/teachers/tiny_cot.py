@@ -17,7 +17,7 @@ from distill.config import digest
 from distill.decoding import padded
 from distill.errors import DistillError
 from distill.language import Prompts, Sampling, Task
-from distill.provider.teachers.torch_classifier import _find, _lock
+from distill.provider.teachers.trained import find_trained, held
 from distill.randomness import derive
 from distill.records import Reveals, file_hash
 from distill.speaker import CausalLM
@@ -107,9 +107,9 @@ class TinyCoT(CausalLM):
             "train": task.train.fingerprint,
         }
         folder = cache / "teachers" / f"tiny_cot-{digest(facts, length=16)}"
-        with _lock(folder) if trainer.is_main else contextlib.nullcontext():
+        with held(folder) if trainer.is_main else contextlib.nullcontext():
             # All ranks must do the same, so one looks. The others hold no lock: this one does until all are done.
-            if trainer.broadcast(_find(folder) if trainer.is_main else None) is None:
+            if trainer.broadcast(find_trained(folder) if trainer.is_main else None) is None:
                 self._train(task.train, trainer, facts, folder)
             else:
                 log.info("the teacher is the one trained before: %s", folder)

@@ -6,11 +6,10 @@ import inspect
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import filelock
 import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
@@ -18,6 +17,7 @@ from safetensors.torch import load_model, save_model
 from distill.config import digest
 from distill.contracts import Student
 from distill.errors import DistillError
+from distill.provider.teachers.trained import find_trained, held
 from distill.randomness import derive
 from distill.records import Dataset, Reveals, file_hash
 from distill.training import Recipe, Trainer, measure
@@ -72,9 +72,9 @@ class TorchClassifier:
             "classes": data.classes,
         }
         folder = cache / "teachers" / digest(facts, length=16)
-        with _lock(folder) if trainer.is_main else contextlib.nullcontext():
+        with held(folder) if trainer.is_main else contextlib.nullcontext():
             # All ranks must do the same, so one looks. The others hold no lock: this one does until all are done.
-            record = trainer.broadcast(_find(folder) if trainer.is_main else None)
+            record = trainer.broadcast(find_trained(folder) if trainer.is_main else None)
             if record is None:
                 record = self._train(data, facts, folder)
             else:
@@ -160,37 +160,6 @@ def _describe(architecture: Student) -> dict[str, Any]:
             "teacher.architecture",
         ) from None
     return {"class": name, **options}
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Held by one process on this machine at a time; the system frees it when its holder is killed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        log.info("waiting for the process that is training this teacher (%s)", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _find(folder: Path) -> dict[str, Any] | None:
-    """The record of whole weights, or None. What is damaged is named in a warning."""
-    if not folder.exists():
-        return None
-    try:
-        record = json.loads((folder / "teacher.json").read_text())
-        if file_hash(folder / "model.safetensors") == record["weights"]:
-            return record
-        damaged = "model.safetensors"
-    except (OSError, ValueError, KeyError, TypeError):
-        damaged = "teacher.json"
-    log.warning("%s is damaged; the teacher is trained anew", folder / damaged)
-    return None
 
 
 def _fingerprint(weights: str, facts: Mapping[str, Any]) -> str:
