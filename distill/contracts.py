@@ -35,6 +35,7 @@ from distill.records import (
 if TYPE_CHECKING:  # this page is read where torch is not loaded
     import torch
 
+    from distill.alignment import Aligned
     from distill.heads import Head, Sparse
 
 
@@ -531,6 +532,21 @@ class LanguageObjective(Protocol):
             student: The student's distributions at the n valid positions.
             labels: (n,) int64, the teacher's token at each.
             signal: The teacher's distributions at the same positions; None where there is text alone.
+        """
+        ...
+
+
+@runtime_checkable
+class CrossTokenObjective(LanguageObjective, Protocol):
+    """An objective that also serves a student whose tokens are not its teacher's."""
+
+    def across(self, student: Head, labels: torch.Tensor, aligned: Aligned) -> torch.Tensor:
+        """Scalar: summed over n positions, in nats.
+
+        Args:
+            student: The student's distributions at the n valid positions.
+            labels: (n,) int64, the student's token at each.
+            aligned: The teacher's side of the same answers.
         """
         ...
 

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from distill import synthetic as answers_on_disk
 from distill.config import build, cache_dir, digest
 from distill.contracts import (
+    CrossTokenObjective,
     Curation,
     LanguageMetric,
     LanguageObjective,
@@ -221,7 +222,9 @@ class LanguageExperiment:
         check_profile("student", student, choices, profile)
         if rollout.writes and config.budget.scored is None:
             raise DistillError("a student that learns on its own text needs it scored; set how often", "budget.scored")
-        if isinstance(signal, Text) and not rollout.writes and objective.requires > Reveals.TEXT:
+        # What came with the answers is all that an objective across tokens needs that makes do with the top k.
+        told = isinstance(objective, CrossTokenObjective) and objective.requires <= Reveals.TOP_K
+        if isinstance(signal, Text) and not rollout.writes and objective.requires > Reveals.TEXT and not told:
             raise DistillError(f"objective={choices['objective']} learns from distributions; take top_k, say", "signal")
         if curation.knows == "the task's checker" and task.check is None:
             raise DistillError(f"{task.name} has no checker to verify answers with", "recovery")
@@ -231,6 +234,14 @@ class LanguageExperiment:
         teacher.prepare(task, trainer, cache_dir())
         if isinstance(student, WhiteBoxStudent) and isinstance(teacher, LocalLanguageTeacher):
             student = student.of_teacher(teacher.network)
+        own = isinstance(signal, Text) and not rollout.writes or isinstance(objective, CrossTokenObjective)
+        if not own and teacher.tokenizer is not None:
+            if not same_tokens(student.tokenizer(teacher.tokenizer), teacher.tokenizer):
+                raise DistillError(
+                    f"{choices['student']} has other tokens than the teacher, over which objective={choices['objective']} "
+                    "is not defined; take uld, byte_likelihood or sequence_kd with signal=text",
+                    "student",
+                )
         if teacher.tokenizer is None and not isinstance(signal, Text):
             raise DistillError(
                 "a signal is over tokens, and this teacher's are not known; state its tokenizer", "teacher"

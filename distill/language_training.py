@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill.contracts import LanguageObjective, LanguageStudent, LocalLanguageTeacher
+from distill.alignment import Aligned, Alignment
+from distill.contracts import CrossTokenObjective, LanguageObjective, LanguageStudent, LocalLanguageTeacher
 from distill.errors import DistillError
 from distill.heads import Head, Sparse
 from distill.language import Completions, Sampling, SyntheticSet
@@ -93,6 +94,38 @@ class TeacherSignal:
         return replace(heads[0], hidden=hidden[rows])
 
 
+class AlignedSignal:
+    """What a teacher says of its own tokens, for a student that has others.
+
+    Args:
+        signal: The teacher's distributions; None where the log-probabilities that came with the answers will do.
+        synthetic: The answers.
+        ours: The same in the student's tokens.
+        teachers: The teacher's tokenizer.
+        tokenizer: The student's.
+    """
+
+    def __init__(
+        self, signal: Signal | None, synthetic: SyntheticSet, ours: list[list[int]], teachers: Any, tokenizer: Any
+    ) -> None:
+        completions = synthetic.completions
+        theirs = encode(synthetic, teachers, teachers).answers
+        self._signal, self._offsets, self._logprobs = signal, completions.offsets, completions.logprobs
+        # An answer without token ids is tokenised anew, and what came with it is of other tokens.
+        if self._offsets is None or any(completions.tokens(i).tolist() != ids for i, ids in enumerate(theirs)):
+            self._logprobs = None
+        self.alignment = Alignment(theirs, ours, completions.column, teachers, tokenizer)
+
+    def for_positions(self, sequence: np.ndarray, token: np.ndarray) -> Aligned:
+        """The teacher's tokens of the answers that n of the student's tokens are from."""
+        aligned, answer, place = self.alignment.at(sequence, token)
+        if self._logprobs is not None and self._offsets is not None:
+            aligned = replace(aligned, logprobs=torch.from_numpy(self._logprobs[self._offsets[answer] + place]))
+        if self._signal is None:
+            return aligned
+        return replace(aligned, signal=self._signal.for_positions(answer.astype(np.int32), place.astype(np.int32)))
+
+
 # --- the module -----------------------------------------------------------------------------------------------------
 
 
@@ -102,14 +135,16 @@ class LanguageModule(nn.Module):
     Args:
         network: A Hugging Face causal language model.
         objective: The loss.
-        signal: The teacher's distributions; None for text alone.
+        signal: The teacher's distributions; None for text alone. Across tokens an `AlignedSignal`.
 
     Raises:
         DistillError: The network's logits are not those of its hidden states and output matrix, or examples that share
             a row see one another. Both are tried out on a few tokens.
     """
 
-    def __init__(self, network: Any, objective: LanguageObjective, signal: Signal | None = None) -> None:
+    def __init__(
+        self, network: Any, objective: LanguageObjective, signal: Signal | AlignedSignal | None = None
+    ) -> None:
         super().__init__()
         self.network, self._objective, self._signal = network, objective, signal
         self._matrix: tuple[torch.Tensor, torch.Tensor] | None = None  # the teacher's, as it came and as it is used
@@ -130,7 +165,7 @@ class LanguageModule(nn.Module):
         """Scalar: the loss summed over the positions with a label, each times its weight. Arguments as in `Packed`."""
         valid = labels >= 0
         hidden, wanted = self._states(input_ids, position_ids)[valid], labels[valid].long()
-        signal = None
+        signal: Head | Sparse | Aligned | None = None
         if self._signal is not None:
             signal = self._signal.for_positions(sequence[valid].cpu().numpy(), token[valid].cpu().numpy())
             signal = self._placed(signal, hidden.device)
@@ -140,13 +175,20 @@ class LanguageModule(nn.Module):
         with torch.autocast(kind, enabled=False):  # an objective chooses its types by itself
             student = self._head(hidden)
             if weights is None:
-                return self._objective.loss(student, wanted, signal)
+                return self._loss(student, wanted, signal)
             total = torch.zeros((), device=hidden.device)
             for weight in weights[valid].unique():
                 some = weights[valid] == weight
                 part = None if signal is None else _rows(signal, some)
-                total = total + weight * self._objective.loss(_rows(student, some), wanted[some], part)
+                total = total + weight * self._loss(_rows(student, some), wanted[some], part)
             return total
+
+    def _loss(self, student: Head, labels: torch.Tensor, signal: Head | Sparse | Aligned | None) -> torch.Tensor:
+        if not isinstance(signal, Aligned):
+            return self._objective.loss(student, labels, signal)
+        if not isinstance(self._objective, CrossTokenObjective):
+            raise TypeError(f"{type(self._objective).__name__} has no loss across tokens")
+        return self._objective.across(student, labels, signal)
 
     def _states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """(rows, length, width): what the output matrix is applied to."""
@@ -159,8 +201,12 @@ class LanguageModule(nn.Module):
         bias = None if output.bias is None else output.bias.to(hidden.dtype)
         return Head(hidden, output.weight.to(hidden.dtype), bias, self._scale, self._softcap)
 
-    def _placed(self, signal: Head | Sparse, device: torch.device) -> Head | Sparse:
+    def _placed(self, signal: Any, device: torch.device) -> Any:
         """The signal where the student is. A stored signal's matrix is moved once, not in each step."""
+        if isinstance(signal, Aligned):
+            columns = {name: value.to(device) for name, value in vars(signal).items() if torch.is_tensor(value)}
+            inner = None if signal.signal is None else self._placed(signal.signal, device)
+            return replace(signal, **columns, signal=inner)
         if isinstance(signal, Sparse):
             weights = None if signal.weights is None else signal.weights.to(device)
             return Sparse(signal.ids.to(device), signal.logprobs.to(device), weights)
@@ -190,6 +236,8 @@ class LanguageModule(nn.Module):
 
 def _rows(some: Any, rows: torch.Tensor) -> Any:
     """The distributions at some positions."""
+    if isinstance(some, Aligned):
+        return some.take(rows)
     if isinstance(some, Head):
         return replace(some, hidden=some.hidden[rows])
     weights = None if some.weights is None else some.weights[rows]
@@ -257,27 +305,35 @@ def fit_language_student(
         directory: Where the checkpoint lies while this runs; None for none.
 
     Returns:
-        The network in evaluation mode, and the history of `Trainer.fit` with ``packing`` (`Packed.report`) and
-        ``parameters`` (all and ``trained``).
+        The network in evaluation mode, and the history of `Trainer.fit` with ``packing`` (`Packed.report`),
+        ``parameters`` (all and ``trained``) and, across tokenizers, ``alignment`` (`Alignment.report`).
 
     Raises:
-        DistillError: The student's tokenizer is not the teacher's and there is a signal; the objective needs a signal
+        DistillError: The student's tokenizer is not the teacher's and the objective needs that; it needs a signal
             and there is none; no example fits; rows are longer than the student's context; and what encoding, building
             and training raise.
     """
     tokenizer = student.tokenizer(teachers)
-    if signal is None and objective.requires > Reveals.TEXT:
+    across = isinstance(objective, CrossTokenObjective) and teachers is not None
+    told = across and objective.requires <= Reveals.TOP_K and synthetic.completions.logprobs is not None
+    if signal is None and objective.requires > Reveals.TEXT and not told:
         raise DistillError(
             f"{type(objective).__name__} needs the teacher's distributions and there is text alone; choose sequence_kd",
             "objective",
         )
-    if signal is not None and (teachers is None or not same_tokens(tokenizer, teachers)):
+    foreign = teachers is None or not same_tokens(tokenizer, teachers)
+    if signal is not None and foreign and not across:
         raise DistillError(
             "the teacher's distributions are over its own tokens and this student's tokenizer has others; choose a "
-            "student with the teacher's tokenizer, or an objective for text alone",
+            "student with the teacher's tokenizer, or an objective across tokenizers (uld, byte_likelihood) or for "
+            "text alone",
             "student",
         )
-    packed = pack(encode(synthetic, tokenizer, teachers), max_length)
+    encoded = encode(synthetic, tokenizer, teachers)
+    packed = pack(encoded, max_length)
+    given: Signal | AlignedSignal | None = signal
+    if across and (foreign or told):
+        given = AlignedSignal(None if told else signal, synthetic, encoded.answers, teachers, tokenizer)
     network = build_language(student, tokenizer, seed)
     told, length = network.config.get_text_config().to_dict(), packed.labels.shape[1]
     context = told.get("max_position_embeddings") or told.get("n_positions") or length
@@ -286,14 +342,16 @@ def fit_language_student(
     features = TensorFeatures({key: torch.from_numpy(column) for key, column in packed.columns().items()})
     # The loop tells one training from another by its targets.
     options = {key: value for key, value in vars(objective).items() if isinstance(value, (bool, int, float, str))}
-    identity = derive(0, type(objective).__qualname__, sorted(options.items()), type(signal), packed.fingerprint)
+    identity = derive(0, type(objective).__qualname__, sorted(options.items()), type(given), packed.fingerprint)
     targets = {
         "positions": (features.tensors["labels"] >= 0).sum(dim=1),
         "identity": torch.full((len(packed),), identity, dtype=torch.int64),
     }
-    module = LanguageModule(network, objective, signal)
+    module = LanguageModule(network, objective, given)
     history = trainer.fit(module, features, targets, _Computed(), recipe, seed=seed, name=name, directory=directory)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
     history["packing"] = packed.report()
+    if isinstance(given, AlignedSignal):
+        history["alignment"] = given.alignment.report
     history["parameters"] = {"all": sum(n for n, _ in sizes), "trained": sum(n for n, learns in sizes if learns)}
     return network.eval(), history

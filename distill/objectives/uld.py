@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 
+from distill.alignment import Aligned
 from distill.errors import DistillError
 from distill.heads import Head, Sparse
 from distill.objectives._divergences import sorted_l1
@@ -46,10 +48,27 @@ class ULD:
         Raises:
             DistillError: The signal is not the whole distribution.
         """
+        return fused(student, self._distance(signal), on_labels(labels))
+
+    def across(self, student: Head, labels: torch.Tensor, aligned: Aligned) -> torch.Tensor:
+        """The same; behind the teacher's last token the labels alone count.
+
+        Raises:
+            DistillError: The signal is not the whole distribution.
+        """
+        paired = aligned.pairs >= 0
+        signal = aligned.signal
+        if isinstance(signal, Head):
+            signal = replace(signal, hidden=signal.hidden[aligned.pairs[paired]])
+        distance = self._distance(signal)
+        if paired.all():
+            return fused(student, distance, on_labels(labels))
+        both, rest = (replace(student, hidden=student.hidden[rows]) for rows in (paired, ~paired))
+        return fused(both, distance, on_labels(labels[paired])) + fused(rest, on_labels(labels[~paired]))
+
+    def _distance(self, signal: Head | Sparse | None) -> Term:
         if not isinstance(signal, Head):
             raise DistillError(
                 "needs the teacher's whole next-token distributions (hidden states and head)", "objective"
             )
-        return fused(
-            student, Term(signal, sorted_l1, self.uld_weight, self.temperature, paired=False), on_labels(labels)
-        )
+        return Term(signal, sorted_l1, self.uld_weight, self.temperature, paired=False)
