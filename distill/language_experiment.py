@@ -234,14 +234,9 @@ class LanguageExperiment:
         teacher.prepare(task, trainer, cache_dir())
         if isinstance(student, WhiteBoxStudent) and isinstance(teacher, LocalLanguageTeacher):
             student = student.of_teacher(teacher.network)
-        own = isinstance(signal, Text) and not rollout.writes or isinstance(objective, CrossTokenObjective)
-        if not own and teacher.tokenizer is not None:
-            if not same_tokens(student.tokenizer(teacher.tokenizer), teacher.tokenizer):
-                raise DistillError(
-                    f"{choices['student']} has other tokens than the teacher, over which objective={choices['objective']} "
-                    "is not defined; take uld, byte_likelihood or sequence_kd with signal=text",
-                    "student",
-                )
+        over_tokens = not isinstance(signal, Text) or rollout.writes
+        if over_tokens and not isinstance(objective, CrossTokenObjective) and teacher.tokenizer is not None:
+            _check_tokens(student, teacher, choices)
         if teacher.tokenizer is None and not isinstance(signal, Text):
             raise DistillError(
                 "a signal is over tokens, and this teacher's are not known; state its tokenizer", "teacher"
@@ -404,6 +399,16 @@ class LanguageExperiment:
         started = time.perf_counter()
         made = model.generate(prompts, sampling, np.zeros(len(prompts), dtype=np.int64))
         return float(made.completion_tokens.sum() / (time.perf_counter() - started))
+
+
+def _check_tokens(student: LanguageStudent, teacher: LanguageTeacher, choices: dict[str, str]) -> None:
+    """Raises `DistillError` where the two have different vocabularies."""
+    if not same_tokens(student.tokenizer(teacher.tokenizer), teacher.tokenizer):
+        raise DistillError(
+            f"{choices['student']} has other tokens than its teacher, and objective={choices['objective']} compares "
+            "them one by one; take uld, byte_likelihood, or sequence_kd with signal=text",
+            "student",
+        )
 
 
 def _prices(config: Any) -> Prices:
