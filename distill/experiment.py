@@ -355,7 +355,7 @@ def check_profile(group: str, method: Any, choices: dict[str, str], profile: Int
     if profile.reveals >= method.requires:
         return
     language = of_language(group, type(method))
-    fits = options_that(group, lambda k: k.requires <= profile.reveals and of_language(group, k) is language)
+    fits = options_that(group, lambda k: of_language(group, k) is language and k.requires <= profile.reveals)
     raise DistillError(
         f"{choices[group]} requires {method.requires.name.lower()}, but defense={choices['defense']} behind "
         f"access={choices['access']} reveals {profile} only; compatible: {', '.join(fits)}",

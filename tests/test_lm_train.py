@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 import pytest
-from commands import distill, refused
+from commands import complaint, distill, refused
 from test_train import CLOCK, killed, result_of
 from test_train import numbers as all_numbers
 
@@ -95,6 +95,29 @@ def test_evaluate_measures_again_what_train_measured(finished: Path, tmp_path: P
     assert numbers(json.loads(path.read_text())) == numbers(before)
 
 
+def test_a_student_that_learns_on_its_own_text_is_billed_for_its_scores(tmp_path: Path) -> None:
+    on_policy = ["rollout=gkd", "rollout.max_tokens=40", "objective=token_reverse_kl", *("access=probs", "signal=text")]
+    distill("train", *QUICK, "curve=[]", *on_policy, "budget.scored=80", cwd=tmp_path)
+    result = result_of(tmp_path)
+    assert result["cost"]["queries"] == 40
+    assert result["training"]["scored"]["queries"] == 80, "40 answers of its own in each of two epochs"
+    assert result["training"]["scored"]["tokens"] > 0
+    done = distill("train", *QUICK, "curve=[]", *on_policy, "budget.scored=79", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "affords only" in complaint(done.stderr)
+
+
+def test_a_white_box_student_says_so(tmp_path: Path) -> None:
+    sizes = ("width", "layers", "heads", "mlp_ratio", "context", "initializer_range")
+    white = ["student=teacher_layers", *(f"~student.{name}" for name in sizes), *TEXT_ONLY, "curve=[]"]
+    denied = distill("train", *QUICK, *white, cwd=tmp_path, check=False)
+    assert "teacher_layers requires weights" in complaint(denied.stderr)
+    distill("train", *QUICK, *white, "access=white_box", cwd=tmp_path)
+    result = result_of(tmp_path)
+    assert any("white-box" in flag for flag in result["flags"])
+    assert result["sizes"]["student"]["parameters"] < result["sizes"]["teacher"]["parameters"]
+
+
 def test_kill_9_and_the_same_command_again(finished: Path, tmp_path: Path) -> None:
     """Killed a little later each time, from an empty cache on, it ends with the numbers of an uninterrupted run."""
     words = [*QUICK, "training.checkpoint_steps=1", "teacher.recipe.checkpoint_steps=5"]
@@ -104,7 +127,7 @@ def test_kill_9_and_the_same_command_again(finished: Path, tmp_path: Path) -> No
     distill("train", *words, cwd=tmp_path / "whole", env=environment)
     whole, rng = time.monotonic() - started, random.Random(0)
     (tmp_path / "killed").mkdir()
-    after, kills = 0.5 * whole, 0
+    after, kills = 0.4 * whole, 0
     while killed(words, tmp_path / "killed", after, {"DISTILL_CACHE": str(tmp_path / "second")}):
         kills += 1
         after += rng.uniform(0.12, 0.2) * whole
