@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-import filelock
 import numpy as np
 
-from distill.errors import DistillError
 from distill.provider.keys import Growing, KeyIndex
 from distill.provider.shards import Shard, Shards
-
-log = logging.getLogger(__name__)
 
 
 class RowCache:
@@ -27,7 +21,6 @@ class RowCache:
 
     def __init__(self, folder: Path) -> None:
         self._shards = Shards(folder)
-        self._lock = filelock.FileLock(folder / ".lock")
         self._index = KeyIndex()
         self._values = Growing()
         self._read: set[Shard] = set()
@@ -45,7 +38,7 @@ class RowCache:
         missing = self._distinct_unknown(keys)
         for start in range(0, len(missing), rows_at_once):
             part = missing[start : start + rows_at_once]
-            with self._exclusive():
+            with self._shards.exclusive():
                 self._catch_up()
                 part = part[self._index.find(keys[part]) < 0]
                 if len(part):
@@ -56,20 +49,6 @@ class RowCache:
         """The positions of keys that are not known here, each content once, in the order of asking."""
         unknown = np.flatnonzero(self._index.find(keys) < 0)
         return unknown[np.sort(np.unique(keys[unknown], return_index=True)[1])]
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            log.info("waiting for another process that fills %s", self._shards.folder)
-            self._lock.acquire()
-        except OSError as error:
-            raise DistillError(f"cannot write in {self._shards.folder} ({error.strerror})") from None
-        try:
-            yield
-        finally:
-            self._lock.release()
 
     def _catch_up(self) -> None:
         """Learn what this or another process stored since. Needs the lock."""

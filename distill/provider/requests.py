@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 
-from distill.errors import DistillError
 from distill.language import FLAT, Completions, texts
 from distill.provider.shards import Shard, Shards
-
-log = logging.getLogger(__name__)
 
 
 class RequestCache:
@@ -28,7 +22,6 @@ class RequestCache:
 
     def __init__(self, folder: Path) -> None:
         self._shards = Shards(folder)
-        self._lock = filelock.FileLock(folder / ".lock")
         self._parts: list[Completions] = []
         self._wanted: list[int] = []  # of each part, how many log-probabilities were asked for
         self._where: dict[bytes, tuple[int, int]] = {}  # key: which part, which row of it
@@ -48,7 +41,7 @@ class RequestCache:
         missing = self._distinct_unknown(keys, top_k)
         for start in range(0, len(missing), at_once):
             part = missing[start : start + at_once]
-            with self._exclusive():
+            with self._shards.exclusive():
                 self._catch_up()
                 part = part[[not self._known(key, top_k) for key in keys[part].tolist()]]
                 if len(part):
@@ -72,20 +65,6 @@ class RequestCache:
             self._parts[part].take(places[some, 1]).with_top(top_k) for part, some in enumerate(rows) if len(some)
         ]
         return Completions.join(gathered).take(np.argsort(np.concatenate(rows))) if gathered else Completions.none()
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            log.info("waiting for another process that fills %s", self._shards.folder)
-            self._lock.acquire()
-        except OSError as error:
-            raise DistillError(f"cannot write in {self._shards.folder} ({error.strerror})") from None
-        try:
-            yield
-        finally:
-            self._lock.release()
 
     def _catch_up(self) -> None:
         """Learn what this or another process stored since. Needs the lock."""

@@ -7,10 +7,12 @@ import io
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import numpy as np
 
 from distill.errors import DistillError
@@ -42,7 +44,7 @@ class Shard:
 
 
 class Shards:
-    """A folder of shards. One process at a time may use it: the caller holds a lock where there are several.
+    """A folder of shards. One process at a time may use it: where there are several, inside of `exclusive`.
 
     A shard is an uncompressed ``.npz`` of equally long columns. It is written under another name, synced and renamed,
     so a file with a shard's name is complete; its name carries the digest, so damage that comes later is noticed.
@@ -54,6 +56,22 @@ class Shards:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DistillError(f"cannot make the folder {folder} ({error.strerror})") from None
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """For one process at a time; the others wait. Raises `DistillError` where the folder can't be written."""
+        lock = filelock.FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            log.info("waiting for another process that fills %s", self.folder)
+            lock.acquire()
+        except OSError as error:
+            raise DistillError(f"cannot write in {self.folder} ({error.strerror})") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def scan(self) -> list[Shard]:
         """The shards that are there, in order of their rows. Removes what an interrupted write or join left behind."""
