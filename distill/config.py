@@ -27,7 +27,7 @@ QUERY_GROUPS = (
     *("sampling", "samples"),
 )
 STUDENT_GROUPS = (
-    *("recovery", "signal", "rollout", "objective", "student", "training", "max_length", "metric", "curve"),
+    *("recovery", "signal", "rollout", "objective", "student", "training", "max_length", "metric", "outliers", "curve"),
 )
 # Keys that say where or how fast, not what; they are left out of every identity.
 NOT_IDENTITY = frozenset(
@@ -101,6 +101,7 @@ class Config:
     metric: Any = MISSING
     tracker: Any = MISSING
     curve: list[float] = field(default_factory=list)
+    outliers: Any = None  # a pool of inputs from elsewhere, for the evaluation of classifiers
     precision: str = "no"
     seed: int = 0
     # Of language models: how answers are drawn, how many to a prompt, what a student learns from besides text, on whose

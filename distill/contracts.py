@@ -10,7 +10,8 @@ the evaluation holds everything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -122,6 +123,80 @@ class Defense(Protocol):
         ...
 
 
+@runtime_checkable
+class TensorDefense(Defense, Protocol):
+    """A deterministic defense whose formula is there in torch, for an attacker who trains through it."""
+
+    def transform(self, posteriors: torch.Tensor, info: torch.Tensor | None) -> torch.Tensor:
+        """What `perturb` computes: (n, classes) float64 in and out, on the device of `posteriors`.
+
+        Differentiable: a quantiser passes the gradient straight through; a choice among candidates counts as fixed.
+        """
+        ...
+
+
+@runtime_checkable
+class StatefulDefense(Defense, Protocol):
+    """A defense that remembers what it answered: row i of `perturb` depends on the rows before it too, in the order of
+    asking, and on nothing else, so that the cut into batches changes nothing."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that it remembers: arrays, which are saved with the run."""
+        ...
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Become what it was when `state` was taken."""
+        ...
+
+
+@runtime_checkable
+class NetworkDefense(Defense, Protocol):
+    """A defense with networks of its own, or one that changes how the teacher is trained.
+
+    Attributes:
+        fingerprint: Content hash of its networks; empty until `prepare` has returned.
+    """
+
+    fingerprint: str
+
+    def prepare(self, teacher: Teacher, data: Dataset, trainer: Any, cache: Path, seed: int) -> Teacher:
+        """Train its networks once and keep them under `cache`; several processes may do so at once.
+
+        An attacker who knows the code calls this too, with a student in the teacher's place, its own queries as the
+        data and its own seed.
+
+        Args:
+            teacher: The undefended teacher, prepared.
+            data: The provider's data.
+            trainer: A `distill.training.Trainer`.
+            cache: The folder that runs share.
+            seed: Of the networks.
+
+        Returns:
+            The teacher that answers from now on: the same one, unless the defense is one of training.
+        """
+        ...
+
+
+@runtime_checkable
+class TrainableTeacher(Teacher, Protocol):
+    """A teacher whose architecture and recipe are here, so that a defense can train it differently."""
+
+    def retrained(
+        self, objective: Loss, inputs: Inputs, targets: Mapping[str, torch.Tensor], name: str, cache: Path
+    ) -> Teacher:
+        """The same architecture, recipe and seed, trained from fresh weights with another loss; prepared, and cached.
+
+        Args:
+            objective: The loss; its plain attributes are part of its identity.
+            inputs: n inputs.
+            targets: Tensors of n rows.
+            name: What is trained, for the log.
+            cache: The folder that runs share.
+        """
+        ...
+
+
 class Oracle(Protocol):
     """The attacker's handle on a provider, and the only thing on the provider's side that an attack may touch.
 
@@ -164,7 +239,10 @@ class Apprentice(Protocol):
     class_names: tuple[str, ...]
 
     def fit(self, transfer_set: TransferSet, pool: Examples) -> Predictor:
-        """A student trained from fresh weights, the same each time for the same transfer set."""
+        """A student trained from fresh weights, the same each time for the same transfer set.
+
+        Its recovery is applied, unless the transfer set has its `targets` already.
+        """
         ...
 
 
@@ -196,22 +274,96 @@ class Attack(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Knowledge:
+    """What a recovery works with: the attacker's own things, and of the provider what `Recovery.knows` asks for.
+
+    Attributes:
+        pool: The attacker's pool.
+        student: Trains fresh students of the attacker's on transfer sets whose `targets` are set (shadow models).
+        trainer: A `distill.training.Trainer`, for other networks.
+        seed: The run's.
+        cache: A folder for networks that are trained once.
+        defense_name: None unless asked for.
+        defense: A copy of the defense, made from its code and options: its noise has another seed, and where it has
+            networks they were trained by the attacker on its own answers. With "the clean answers" it is the
+            provider's own. None unless asked for.
+        clean: (n, classes) the undefended answers to the n queries, which no attacker has. None unless asked for.
+    """
+
+    pool: Examples
+    student: Apprentice
+    trainer: Any
+    seed: int
+    cache: Path
+    defense_name: str | None = None
+    defense: Defense | None = None
+    clean: np.ndarray | None = None
+
+
 class Recovery(Protocol):
     """`distill.recovery`: how returned answers become training targets.
 
     Attributes:
-        knows: What the attacker must know: "nothing", "the defense's name" or "the defense's code".
+        knows: What the attacker must know: "nothing", "the defense's name", "the defense's code" (and its options), or,
+            as a bound on what any attacker could do, "the clean answers".
     """
 
     knows: str
 
-    def targets(self, transfer_set: TransferSet, knowledge: Mapping[str, Any]) -> TransferSet:
-        """The transfer set with `targets` set. `knowledge` holds what `knows` asks for and nothing else."""
+    def targets(self, transfer_set: TransferSet, knowledge: Knowledge) -> TransferSet:
+        """The transfer set with `targets` set; queries that belong together may become one."""
         ...
 
 
-class Objective(Protocol):
-    """`distill.objectives`: a distillation loss.
+@dataclass(frozen=True)
+class Lesson:
+    """What a student is trained on.
+
+    Args:
+        inputs: n inputs.
+        targets: Tensors of n rows.
+        objective: The loss; with `TrainingRecovery.extra_outputs` e, its `output` is (m, classes + e).
+    """
+
+    inputs: Inputs
+    targets: Mapping[str, torch.Tensor]
+    objective: Loss
+
+
+@runtime_checkable
+class TrainingRecovery(Recovery, Protocol):
+    """A recovery that changes how the student is trained, and not its targets alone.
+
+    Attributes:
+        extra_outputs: How many outputs the student has besides its classes while it is trained; they are cut off later.
+    """
+
+    extra_outputs: int
+
+    def lesson(self, transfer_set: TransferSet, objective: Objective, knowledge: Knowledge) -> Lesson:
+        """What to train on, given the transfer set with its targets and the objective that was chosen."""
+        ...
+
+
+class Loss(Protocol):
+    """What a training minimises."""
+
+    def loss(self, output: torch.Tensor, targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Scalar: the loss *summed* over the valid positions of this (micro-)batch; `output` is what the module gives.
+
+        The loop divides by the global number of valid positions, so that batch size, gradient accumulation and the
+        number of processes do not change the result.
+        """
+        ...
+
+    def positions(self, targets: Mapping[str, torch.Tensor]) -> int:
+        """The number of valid positions in this batch (rows of a classifier, tokens of a language model)."""
+        ...
+
+
+class Objective(Loss, Protocol):
+    """`distill.objectives`: a distillation loss. Of a classifier, `output` is (n, classes) logits.
 
     Attributes:
         requires: The poorest profile that it makes sense with (a logit loss needs LOGITS or PROBS).
@@ -221,18 +373,6 @@ class Objective(Protocol):
 
     def prepare(self, transfer_set: TransferSet) -> Mapping[str, torch.Tensor]:
         """The training targets as tensors whose first dimension is the row."""
-        ...
-
-    def loss(self, output: torch.Tensor, targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Scalar: the loss *summed* over the valid positions of this (micro-)batch; `output` is (n, classes) logits.
-
-        The loop divides by the global number of valid positions, so that batch size, gradient accumulation and the
-        number of processes do not change the result.
-        """
-        ...
-
-    def positions(self, targets: Mapping[str, torch.Tensor]) -> int:
-        """The number of valid positions in this batch (rows of a classifier, tokens of a language model)."""
         ...
 
 
@@ -269,8 +409,8 @@ class Metric(Protocol):
     """`distill.metrics`: one comparison of posteriors.
 
     Attributes:
-        compares_with: "labels" (measures the teacher, the defended teacher and the student) or "teacher" (measures
-            how far the student and the returned answers are from the undefended teacher).
+        compares_with: "labels" or "outliers" (measures the teacher, the defended teacher and the student), or "teacher"
+            (measures how far the student and the returned answers are from the undefended teacher).
         section: Where `result.json` keeps it: "accuracy", "calibration" or "fidelity".
         higher_is_better: For each name that `measure` returns.
     """
@@ -280,7 +420,8 @@ class Metric(Protocol):
     higher_is_better: ClassVar[Mapping[str, bool]]
 
     def measure(self, posteriors: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-        """`posteriors` (n, classes) against `reference`: (n,) labels or the teacher's (n, classes) posteriors."""
+        """`posteriors` (n, classes) against `reference`: (n,) labels, the teacher's (n, classes) posteriors, or the
+        same model's (m, classes) posteriors of inputs from elsewhere."""
         ...
 
 
@@ -393,9 +534,11 @@ class LocalLanguageTeacher(LanguageTeacher, Protocol):
         """The tokens that each prompt becomes, template and generation prompt included."""
         ...
 
-    def heads(self, sequences: list[list[int]], starts: list[int]) -> list[Head]:
+    def heads(self, sequences: list[list[int]], starts: list[int], layers: Sequence[int] = ()) -> list[Head]:
         """For each sequence the distributions of its tokens from `starts` on: row j is the one that token
         ``starts + j`` was drawn from. All share one weight. Without gradients.
+
+        `layers`: Whose hidden states `Head.layers` holds: 0 for the embeddings, i for what comes out of layer i.
         """
         ...
 
@@ -547,6 +690,31 @@ class CrossTokenObjective(LanguageObjective, Protocol):
             student: The student's distributions at the n valid positions.
             labels: (n,) int64, the student's token at each.
             aligned: The teacher's side of the same answers.
+        """
+        ...
+
+
+@runtime_checkable
+class WhiteBoxObjective(LanguageObjective, Protocol):
+    """An objective on hidden states of the layers inside both models, which nobody has who only queries a teacher.
+
+    Attributes:
+        pairs: Layers of student and teacher, as of `LocalLanguageTeacher.heads`: `loss` finds the hidden states of pair
+            i at place i of `Head.layers`. Known of what `between` returns.
+    """
+
+    pairs: Sequence[tuple[int, int]] | None
+
+    def between(self, student: torch.nn.Module, teacher: torch.nn.Module) -> WhiteBoxObjective:
+        """The objective of one training, a module: what it learns beside the student is drawn from torch's global
+        generator.
+
+        Args:
+            student: A Hugging Face causal language model.
+            teacher: Another.
+
+        Raises:
+            DistillError: A pair names a layer that is not there.
         """
         ...
 

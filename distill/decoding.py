@@ -67,9 +67,16 @@ class Network:
         """The distributions that (n, width) last hidden states stand for."""
         return Head(hidden.to(self._weight.device), self._weight, self._bias, self._scale, self._softcap)
 
-    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(n, t, width) last hidden states of (n, t) tokens, where rows are padded on the right with anything."""
-        return self._body(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
+    def hidden(self, tokens: torch.Tensor, layers: Sequence[int] = ()) -> list[torch.Tensor]:
+        """(n, t, width) last hidden states of (n, t) tokens, then those of some layers.
+
+        Args:
+            tokens: Rows are padded on the right with anything.
+            layers: 0 is the embeddings, i the output of layer i; that of the last layer is taken after the final norm.
+        """
+        states = self._body(input_ids=tokens.to(self.device), use_cache=False, output_hidden_states=bool(layers))
+        inner = (states.hidden_states[layer].to(self._weight.device) for layer in layers)
+        return [states.last_hidden_state, *inner]
 
     def read(self, prompts: Sequence[Sequence[int]], slots: Slots) -> torch.Tensor:
         """(n, vocabulary) float32 logits after each prompt, which takes the first free slots."""

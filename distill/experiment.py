@@ -5,24 +5,40 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from safetensors.torch import load_model, save_model
 
 from distill import transfer
 from distill.config import build, cache_dir, digest, identity, locate, options_that
-from distill.contracts import Attack, Defense, Metric, Objective, Recovery, Student, Teacher, of_language
+from distill.contracts import (
+    Attack,
+    Defense,
+    Knowledge,
+    Lesson,
+    Metric,
+    NetworkDefense,
+    Objective,
+    Recovery,
+    StatefulDefense,
+    Student,
+    Teacher,
+    TrainingRecovery,
+    of_language,
+)
 from distill.errors import DistillError
 from distill.launch import write_atomically
 from distill.provider.ledger import Ledger
 from distill.provider.oracle import serve
 from distill.provider.provider import Provider
-from distill.randomness import derive
+from distill.randomness import derive, generator
 from distill.records import (
+    ROWS_AT_ONCE,
     Answers,
     Budget,
     Dataset,
@@ -31,6 +47,7 @@ from distill.records import (
     InputSpec,
     InterfaceProfile,
     Result,
+    Reveals,
     TransferSet,
     file_hash,
     softmax,
@@ -41,7 +58,7 @@ from distill.training import measure as measure_size
 log = logging.getLogger(__name__)
 
 SAMPLES = 100  # rows of the test set that samples.jsonl shows
-
+DEFENSE_STATE = "defense_state.npz"
 
 WEIGHTS = "model.safetensors"
 
@@ -76,15 +93,47 @@ class TrainedStudent:
     spec: InputSpec
     trainer: Trainer
     history: dict[str, Any]
+    classes: int
 
     def predict(self, inputs: Inputs) -> np.ndarray:
         """(n, classes) float32 logits."""
-        return self.trainer.predict(self.module, self.student.encode(inputs, self.spec))
+        return self.trainer.predict(self.module, self.student.encode(inputs, self.spec))[:, : self.classes]
+
+
+@dataclass
+class StandIn:
+    """A student in its teacher's place, for an attacker who plays the provider with a defense whose code it knows."""
+
+    student: TrainedStudent
+    output: Reveals = Reveals.LOGITS
+    usd_per_query: float = 0.0
+    remote: bool = False
+    rows_at_once: int = ROWS_AT_ONCE
+    parameters: int | None = None
+    flops_per_query: float | None = None
+    fingerprint: str = "a student"
+
+    def prepare(self, data: Dataset, trainer: Any, cache: Path) -> None:
+        """It is trained already."""
+
+    def predict(self, inputs: np.ndarray) -> np.ndarray:
+        """(n, classes) float32 logits."""
+        return self.student.predict(inputs)
+
+    def latency_s(self, one: np.ndarray) -> float | None:
+        return None
 
 
 @dataclass
 class StudentTrainer:
-    """Trains fresh students on transfer sets (`distill.contracts.Apprentice`). It knows nothing of the provider."""
+    """Trains fresh students on transfer sets (`distill.contracts.Apprentice`). It knows nothing of the provider but
+    what its recovery says that it must.
+
+    Args:
+        defense_name: The option of `defense`, for a recovery that knows it.
+        defense: Its config node, from which a copy is made for a recovery that knows its code.
+        oracle: The provider's clean answers to inputs and its own defense, for a recovery that knows those.
+    """
 
     student: Student
     recovery: Recovery
@@ -94,12 +143,16 @@ class StudentTrainer:
     spec: InputSpec
     class_names: tuple[str, ...]
     seed: int
-    knowledge: dict[str, Any]
+    defense_name: str | None = None
+    defense: Any = None
+    oracle: Callable[[Inputs], tuple[np.ndarray, Defense]] | None = None
 
     def untrained(self) -> TrainedStudent:
         """The initialisation, which depends on the seed alone: runs over several defenses are paired."""
-        module = self.trainer.build(self.student, self.spec, len(self.class_names), derive(self.seed, "student"))
-        return TrainedStudent(module, self.student, self.spec, self.trainer, {})
+        classes = len(self.class_names)
+        extra = self.recovery.extra_outputs if isinstance(self.recovery, TrainingRecovery) else 0
+        module = self.trainer.build(self.student, self.spec, classes + extra, derive(self.seed, "student"))
+        return TrainedStudent(module, self.student, self.spec, self.trainer, {}, classes)
 
     def save(self, trained: TrainedStudent, folder: Path) -> None:
         save_weights(trained.module, trained.history, folder)
@@ -116,14 +169,31 @@ class StudentTrainer:
     def fit(
         self, transfer_set: TransferSet, pool: Examples, name: str = "interim", directory: Path | None = None
     ) -> TrainedStudent:
-        """A student from fresh weights. With a `directory`, an interrupted training goes on from there."""
+        """A student from fresh weights. With a `directory`, an interrupted training goes on from there.
+
+        Where the transfer set has targets already, the recovery is left out.
+        """
+        if transfer_set.targets is not None:
+            plain = replace(self, recovery=_AsGiven())
+            return plain._learn(transfer_set, plain._lesson(transfer_set, pool), name, directory)
+        knowledge = self._knowledge(transfer_set, pool)
+        recovered = self.recovery.targets(transfer_set, knowledge)
+        if isinstance(self.recovery, TrainingRecovery):
+            lesson = self.recovery.lesson(recovered, self.objective, knowledge)
+        else:
+            lesson = self._lesson(recovered, pool)
+        return self._learn(recovered, lesson, name, directory)
+
+    def _lesson(self, recovered: TransferSet, pool: Examples) -> Lesson:
+        return Lesson(recovered.inputs(pool), self.objective.prepare(recovered), self.objective)
+
+    def _learn(self, recovered: TransferSet, lesson: Lesson, name: str, directory: Path | None) -> TrainedStudent:
         fresh = self.untrained()
-        recovered = self.recovery.targets(transfer_set, self.knowledge)
         fresh.history = self.trainer.fit(
             fresh.module,
-            self.student.encode(recovered.inputs(pool), self.spec),
-            self.objective.prepare(recovered),
-            self.objective,
+            self.student.encode(lesson.inputs, self.spec),
+            lesson.targets,
+            lesson.objective,
             self.recipe,
             seed=derive(self.seed, "training"),
             name=name,
@@ -131,16 +201,55 @@ class StudentTrainer:
         )
         return fresh
 
+    def _knowledge(self, transfer_set: TransferSet, pool: Examples) -> Knowledge:
+        """What the recovery works with: see `distill.contracts.Knowledge`."""
+        own = Knowledge(pool, self, self.trainer, self.seed, cache_dir())
+        match self.recovery.knows:
+            case "the defense's name":
+                return replace(own, defense_name=self.defense_name)
+            case "the defense's code":
+                return replace(own, defense=self._copy_of_defense(transfer_set, pool))
+            case "the clean answers" if self.oracle is not None:
+                clean, defense = self.oracle(transfer_set.inputs(pool))
+                return replace(own, defense=defense, clean=clean)
+            case _:
+                return own
+
+    def _copy_of_defense(self, transfer_set: TransferSet, pool: Examples) -> Defense:
+        copied: Defense = build(self.defense, "defense")
+        if isinstance(copied, NetworkDefense):
+            labels = transfer_set.posteriors.argmax(axis=1)
+            asked = Examples(transfer_set.inputs(pool), self.spec, labels, self.class_names, "the attacker's queries")
+            data = Dataset(asked.name, self.spec, self.class_names, asked, asked.take(np.arange(0)), pool)
+            student = self.fit(replace(transfer_set, targets=transfer_set.posteriors), pool, "stand-in")
+            copied.prepare(StandIn(student), data, self.trainer, cache_dir(), derive(self.seed, "copy of the defense"))
+        return copied
+
+
+class _AsGiven:
+    """For a transfer set that has its targets."""
+
+    knows = "nothing"
+
+    def targets(self, transfer_set: TransferSet, knowledge: Knowledge) -> TransferSet:
+        return transfer_set
+
 
 @dataclass
 class Experiment:
-    """Both sides of an experiment. `teacher` and `defense` belong to the provider and to the evaluation."""
+    """Both sides of an experiment. `teacher` and `defense` belong to the provider and to the evaluation.
+
+    `teacher` is the undefended one; `serving` is what answers, which differs under a defense of training. `outliers`
+    are inputs from elsewhere, by which the evaluation sees whether answers still tell what the teacher does not know.
+    """
 
     config: Any
     trainer: Trainer
     data: Dataset
     pool: Examples
+    outliers: Examples | None
     teacher: Teacher
+    serving: Teacher
     defense: Defense
     profile: InterfaceProfile
     budget: Budget
@@ -169,11 +278,6 @@ class Experiment:
         student: Student = build(config.student, "student")
         recipe: Recipe = build(config.training, "training")
         metrics: dict[str, Metric] = build(config.metric, "metric")
-        if recovery.knows == "the defense's code":
-            knowledge = {"defense": build(config.defense, "defense")}
-        else:
-            knowledge = {"defense": choices["defense"]} if recovery.knows == "the defense's name" else {}
-
         data: Dataset = build(config.data, "data").load()
         profile = (
             InterfaceProfile.parse(config.access.profile, config.access.top_k)
@@ -188,32 +292,48 @@ class Experiment:
         pool: Examples = build(config.pool, "pool").load(data)
         if len(pool) == 0:
             raise DistillError("the pool is empty", "pool")
+        outliers: Examples | None = None
+        if config.outliers is not None:
+            outliers = build(config.outliers, "outliers").load(data)
+            outliers = outliers.take(generator(0, "outliers").permutation(len(outliers))[: len(data.test)])
         student.build(data.spec, data.classes)  # an architecture that can't read these inputs is told now
         teacher.prepare(data, trainer, cache_dir())
-        return cls(
+        serving = teacher
+        if isinstance(defense, NetworkDefense):
+            serving = defense.prepare(teacher, data, trainer, cache_dir(), 0)  # as the teacher's, not the run's seed
+        students = StudentTrainer(
+            *(student, recovery, objective, recipe, trainer, data.spec, data.class_names, config.seed),
+            *(choices["defense"], config.defense),
+        )
+        experiment = cls(
             config=config,
             trainer=trainer,
             data=data,
             pool=pool,
+            outliers=outliers,
             teacher=teacher,
+            serving=serving,
             defense=defense,
             profile=profile,
             budget=budget,
             attack=attack,
-            students=StudentTrainer(
-                student, recovery, objective, recipe, trainer, data.spec, data.class_names, config.seed, knowledge
-            ),
+            students=students,
             metrics=metrics,
             choices=choices,
             queries=queries,
         )
+        if recovery.knows == "the clean answers":
+            students.oracle = lambda inputs: (experiment.provider.clean(inputs).posteriors, defense)
+        return experiment
 
     @cached_property
     def provider(self) -> Provider:
         """The provider of this experiment, for the attack and for the evaluation."""
+        networks = self.defense.fingerprint if isinstance(self.defense, NetworkDefense) else ""
         return Provider(
-            self.teacher,
+            self.serving,
             self.defense,
+            undefended=self.teacher,
             spec=self.data.spec,
             classes=self.data.classes,
             access=InterfaceProfile.parse(self.config.access.profile, self.config.access.top_k),
@@ -222,18 +342,23 @@ class Experiment:
             seed=self.config.seed,
             cache=cache_dir(),
             log=self.queries / "provider_log",
-            defense_id=digest(identity(self.config.defense)),
+            defense_id=digest([identity(self.config.defense), networks]),
         )
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """Content hashes of what the configuration only names."""
-        return {
+        named = {
             "teacher": self.teacher.fingerprint,
             "train": self.data.train.fingerprint,
             "test": self.data.test.fingerprint,
             "pool": self.pool.fingerprint,
         }
+        if isinstance(self.defense, NetworkDefense):
+            named["defense"] = self.defense.fingerprint
+        if self.outliers is not None:
+            named["outliers"] = self.outliers.fingerprint
+        return named
 
     # --- what the entry points ask of either domain ---------------------------------------------------------------
 
@@ -243,11 +368,23 @@ class Experiment:
             return self.attack.extract(oracle, self.pool, self.students, self.config.seed)
 
     def save_answers(self, transfer_set: TransferSet) -> None:
+        """The transfer set, and what the defense remembers beside the provider's log."""
         transfer.save(transfer_set, self.queries / "transfer_set")
+        if isinstance(self.defense, StatefulDefense):
+            partial = self.queries / f".{DEFENSE_STATE}"  # savez wants the ending
+            np.savez(partial, allow_pickle=False, **self.defense.state())
+            partial.replace(self.queries / DEFENSE_STATE)
 
     def load_answers(self) -> TransferSet:
         """Raises `DamagedTransferSet`."""
-        return transfer.load(self.queries / "transfer_set")
+        transfer_set = transfer.load(self.queries / "transfer_set")
+        if isinstance(self.defense, StatefulDefense):
+            try:
+                with np.load(self.queries / DEFENSE_STATE) as state:
+                    self.defense.restore(dict(state))
+            except (OSError, ValueError, KeyError, BadZipFile) as error:
+                raise transfer.DamagedTransferSet(f"{self.queries / DEFENSE_STATE} is damaged ({error})") from None
+        return transfer_set
 
     def export(self, transfer_set: TransferSet, path: Path) -> None:
         """A self-contained copy, inputs included."""
@@ -278,11 +415,15 @@ class Experiment:
                 section = getattr(result, metric.section)
                 for who, given in answers.items():
                     section.setdefault(who, {}).update(metric.measure(given.posteriors, self.data.test_labels))
+            elif metric.compares_with == "outliers":
+                section = getattr(result, metric.section)
+                for who, given in self._of_outliers(student).items():
+                    section.setdefault(who, {}).update(metric.measure(answers[who].posteriors, given.posteriors))
             else:
                 result.fidelity |= metric.measure(answers["student"].posteriors, clean.posteriors)
                 result.utility |= metric.measure(returned.posteriors, clean.posteriors)
-        if result.calibration:
-            result.utility["ece"] = result.calibration["defended_teacher"]["ece"]
+        result.utility |= result.calibration.get("defended_teacher", {})
+        result.utility["latency_s"] = self.provider.defense_latency_s(test.inputs)  # besides the teacher's own
         one = self.students.student.encode(test.inputs[:1], self.data.spec)
         result.sizes = {
             "teacher": {
@@ -295,6 +436,16 @@ class Experiment:
         result.classes, result.test_rows = self.data.classes, len(test)
         _write_samples(self.data, answers, run_dir / "samples.jsonl")
 
+    def _of_outliers(self, student: TrainedStudent) -> dict[str, Answers]:
+        """What each side says of inputs from elsewhere; nothing where there are none."""
+        if self.outliers is None:
+            return {}
+        return {
+            "teacher": self.provider.clean(self.outliers.inputs),
+            "defended_teacher": self.provider.returned(self.outliers.inputs),
+            "student": Answers(softmax(student.predict(self.outliers.inputs))),
+        }
+
     def compare(self, student: TrainedStudent) -> dict[str, float]:
         """The student's accuracy and fidelity on the test rows, for a point of the budget curve."""
         test = self.data.test
@@ -302,6 +453,8 @@ class Experiment:
         clean = self.provider.clean(test.inputs).posteriors
         numbers: dict[str, float] = {}
         for metric in self.metrics.values():
+            if metric.compares_with == "outliers":
+                continue
             reference, prefix = (
                 (self.data.test_labels, "student") if metric.compares_with == "labels" else (clean, "fidelity")
             )

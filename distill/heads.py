@@ -6,7 +6,7 @@ A distribution is either a `Head` (hidden states and the matrix that turns them 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,10 +17,11 @@ class Head:
 
     Args:
         hidden: (n, width), the states that the output matrix is applied to (after the final norm).
-        weight: (vocabulary, width).
+        weight: (vocabulary, width). It is used in the type of `hidden`, and so is `bias`.
         bias: (vocabulary,), or None.
         scale: Factor on the logits (Cohere's and Granite's ``logit_scale``), applied before `softcap`.
         softcap: Gemma's: logits become ``softcap * tanh(logits / softcap)``. None for none.
+        layers: For an objective that looks inside the model: the hidden states of some layers, each (n, width).
     """
 
     hidden: torch.Tensor
@@ -28,6 +29,7 @@ class Head:
     bias: torch.Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    layers: tuple[torch.Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -38,11 +40,17 @@ class Head:
 
     def logits(self) -> torch.Tensor:
         """(n, vocabulary) in float32 or wider: for a few positions. Losses over many go through `objectives._fused`."""
-        logits = torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+        kind = self.hidden.dtype
+        bias = None if self.bias is None else self.bias.to(kind)
+        logits = torch.nn.functional.linear(self.hidden, self.weight.to(kind), bias)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def take(self, rows: torch.Tensor) -> Head:
+        """The distributions at some of the positions."""
+        return replace(self, hidden=self.hidden[rows], layers=tuple(states[rows] for states in self.layers))
 
 
 @dataclass(frozen=True)

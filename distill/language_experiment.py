@@ -28,12 +28,13 @@ from distill.contracts import (
     PromptAttack,
     Rollout,
     Signal,
+    WhiteBoxObjective,
     WhiteBoxStudent,
 )
 from distill.errors import DistillError
 from distill.experiment import SAMPLES, WEIGHTS, check_domain, check_profile, save_weights, whole_weights
 from distill.language import Completions, Evidence, Prompts, Sampling, SyntheticSet, Task
-from distill.language_training import build_language, fit_language_student
+from distill.language_training import TeacherSignal, build_language, fit_language_student
 from distill.launch import write_atomically
 from distill.on_policy import fit_on_policy
 from distill.packing import same_tokens
@@ -159,7 +160,7 @@ class LanguageStudents:
             directory=directory,
         )
         history["dropped"] = curated.dropped
-        if signal is not None:
+        if isinstance(signal, StoredSignal):
             history["signal"] = signal.cache.summary()
         return TrainedLanguageModel(network, self.student.tokenizer(self.tokenizer), history)
 
@@ -222,9 +223,17 @@ class LanguageExperiment:
         check_profile("student", student, choices, profile)
         if rollout.writes and config.budget.scored is None:
             raise DistillError("a student that learns on its own text needs it scored; set how often", "budget.scored")
+        inside = isinstance(objective, WhiteBoxObjective)
+        if inside and (rollout.writes or not isinstance(signal, Text)):
+            raise DistillError(
+                f"objective={choices['objective']} looks inside the teacher as it reads the answers; take signal=text "
+                "and rollout=off_policy",
+                "rollout" if rollout.writes else "signal",
+            )
         # What came with the answers is all that an objective across tokens needs that makes do with the top k.
         told = isinstance(objective, CrossTokenObjective) and objective.requires <= Reveals.TOP_K
-        if isinstance(signal, Text) and not rollout.writes and objective.requires > Reveals.TEXT and not told:
+        live = rollout.writes or inside  # the teacher reads what the student is trained on as it is trained
+        if isinstance(signal, Text) and not live and objective.requires > Reveals.TEXT and not told:
             raise DistillError(f"objective={choices['objective']} learns from distributions; take top_k, say", "signal")
         if curation.knows == "the task's checker" and task.check is None:
             raise DistillError(f"{task.name} has no checker to verify answers with", "recovery")
@@ -232,9 +241,15 @@ class LanguageExperiment:
         if len(pool) == 0:
             raise DistillError("the pool is empty", "pool")
         teacher.prepare(task, trainer, cache_dir())
-        if isinstance(student, WhiteBoxStudent) and isinstance(teacher, LocalLanguageTeacher):
-            student = student.of_teacher(teacher.network)
-        over_tokens = not isinstance(signal, Text) or rollout.writes
+        opened = teacher if profile.reveals is Reveals.WEIGHTS and isinstance(teacher, LocalLanguageTeacher) else None
+        if isinstance(student, WhiteBoxStudent) and opened is not None:
+            student = student.of_teacher(opened.network)
+        if inside and opened is None:
+            raise DistillError(
+                f"objective={choices['objective']} takes a teacher whose weights are here, and access=white_box",
+                "teacher",
+            )
+        over_tokens = not isinstance(signal, Text) or live
         if over_tokens and not isinstance(objective, CrossTokenObjective) and teacher.tokenizer is not None:
             _check_tokens(student, teacher, choices)
         if teacher.tokenizer is None and not isinstance(signal, Text):
@@ -330,8 +345,11 @@ class LanguageExperiment:
         student.history["scored"] = {"queries": cost.queries, "tokens": cost.tokens_in, "usd": cost.usd}
         return student
 
-    def signal_of(self, curated: SyntheticSet) -> StoredSignal | None:
-        """What the student learns from besides text: stored once, beside the transfer set, for all students of it."""
+    def signal_of(self, curated: SyntheticSet) -> StoredSignal | TeacherSignal | None:
+        """What the student learns from besides text: stored once, beside the transfer set, for all students of it; or
+        the teacher itself, for an objective that looks inside (white-box)."""
+        if isinstance(self.students.objective, WhiteBoxObjective) and isinstance(self.teacher, LocalLanguageTeacher):
+            return TeacherSignal(self.teacher, curated)
         if isinstance(self.signal, Text):
             return None
         rows = np.arange(len(curated)) if curated.rows is None else curated.rows

@@ -6,7 +6,8 @@ the output matrix at hand when the loss needs it, and only hidden states of posi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,13 @@ import torch
 from torch import nn
 
 from distill.alignment import Aligned, Alignment
-from distill.contracts import CrossTokenObjective, LanguageObjective, LanguageStudent, LocalLanguageTeacher
+from distill.contracts import (
+    CrossTokenObjective,
+    LanguageObjective,
+    LanguageStudent,
+    LocalLanguageTeacher,
+    WhiteBoxObjective,
+)
 from distill.errors import DistillError
 from distill.heads import Head, Sparse
 from distill.language import Completions, Sampling, SyntheticSet
@@ -75,7 +82,8 @@ class TeacherSignal:
     """
 
     def __init__(self, teacher: LocalLanguageTeacher, synthetic: SyntheticSet) -> None:
-        self._teacher = teacher
+        self.teacher = teacher
+        self._layers: list[int] = []
         self._answers = encode(synthetic, teacher.tokenizer, teacher.tokenizer).answers
         self._prompts = teacher.prompt_tokens(synthetic.prompts, synthetic.sampling or Sampling())
 
@@ -84,14 +92,22 @@ class TeacherSignal:
         examples, which = np.unique(sequence, return_inverse=True)
         last = np.zeros(len(examples), dtype=np.int64)
         np.maximum.at(last, which, token)
-        heads = self._teacher.heads(
+        heads = self.teacher.heads(
             [self._prompts[i] + self._answers[i][: end + 1] for i, end in zip(examples, last, strict=True)],
             [len(self._prompts[i]) for i in examples],
+            self._layers,
         )
         firsts = np.cumsum([0, *map(len, heads)])[:-1]
         hidden = torch.cat([head.hidden for head in heads])
+        layers = tuple(torch.cat(states) for states in zip(*(head.layers for head in heads), strict=True))
         rows = torch.from_numpy(firsts[which] + token).to(hidden.device)
-        return replace(heads[0], hidden=hidden[rows])
+        return replace(heads[0], hidden=hidden, layers=layers).take(rows)
+
+    def of_layers(self, layers: Sequence[int]) -> TeacherSignal:
+        """The same with hidden states of these layers, as of `LocalLanguageTeacher.heads`."""
+        signal = copy.copy(self)
+        signal._layers = list(layers)
+        return signal
 
 
 class AlignedSignal:
@@ -146,7 +162,10 @@ class LanguageModule(nn.Module):
         self, network: Any, objective: LanguageObjective, signal: Signal | AlignedSignal | None = None
     ) -> None:
         super().__init__()
+        # An objective that learns something itself is a part of this module.
         self.network, self._objective, self._signal = network, objective, signal
+        pairs = objective.pairs if isinstance(objective, WhiteBoxObjective) else None
+        self._layers = [layer for layer, _ in pairs or ()]
         self._matrix: tuple[torch.Tensor, torch.Tensor] | None = None  # the teacher's, as it came and as it is used
         config = network.config.get_text_config().to_dict()
         self._scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
@@ -164,7 +183,8 @@ class LanguageModule(nn.Module):
     ) -> torch.Tensor:
         """Scalar: the loss summed over the positions with a label, each times its weight. Arguments as in `Packed`."""
         valid = labels >= 0
-        hidden, wanted = self._states(input_ids, position_ids)[valid], labels[valid].long()
+        wanted = labels[valid].long()
+        hidden, *layers = (states[valid] for states in self._states(input_ids, position_ids))
         signal: Head | Sparse | Aligned | None = None
         if self._signal is not None:
             signal = self._signal.for_positions(sequence[valid].cpu().numpy(), token[valid].cpu().numpy())
@@ -173,7 +193,7 @@ class LanguageModule(nn.Module):
         if torch.is_autocast_enabled(kind):
             hidden = hidden.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):  # an objective chooses its types by itself
-            student = self._head(hidden)
+            student = replace(self._head(hidden), layers=tuple(layers))
             if weights is None:
                 return self._loss(student, wanted, signal)
             total = torch.zeros((), device=hidden.device)
@@ -190,16 +210,21 @@ class LanguageModule(nn.Module):
             raise TypeError(f"{type(self._objective).__name__} has no loss across tokens")
         return self._objective.across(student, labels, signal)
 
-    def _states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """(rows, length, width): what the output matrix is applied to."""
+    def _states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> list[torch.Tensor]:
+        """(rows, length, width), what the output matrix is applied to; then the states of `_layers`."""
         # Without an attention mask and a cache, transformers keeps apart what starts at position 0 anew.
         decoder = self.network.get_decoder()
-        return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        states = decoder(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=False,
+            output_hidden_states=bool(self._layers),
+        )
+        return [states.last_hidden_state, *(states.hidden_states[layer] for layer in self._layers)]
 
     def _head(self, hidden: torch.Tensor) -> Head:
         output = self.network.get_output_embeddings()
-        bias = None if output.bias is None else output.bias.to(hidden.dtype)
-        return Head(hidden, output.weight.to(hidden.dtype), bias, self._scale, self._softcap)
+        return Head(hidden, output.weight, output.bias, self._scale, self._softcap)
 
     def _placed(self, signal: Any, device: torch.device) -> Any:
         """The signal where the student is. A stored signal's matrix is moved once, not in each step."""
@@ -213,7 +238,8 @@ class LanguageModule(nn.Module):
         if self._matrix is None or signal.weight is not self._matrix[0]:
             self._matrix = signal.weight, signal.weight.to(device)
         bias = None if signal.bias is None else signal.bias.to(device)
-        return replace(signal, hidden=signal.hidden.to(device), weight=self._matrix[1], bias=bias)
+        layers = tuple(states.to(device) for states in signal.layers)
+        return replace(signal, hidden=signal.hidden.to(device), weight=self._matrix[1], bias=bias, layers=layers)
 
     @torch.no_grad()
     def _try_out(self) -> None:
@@ -222,7 +248,7 @@ class LanguageModule(nn.Module):
         device = self.network.get_output_embeddings().weight.device
         ids = torch.arange(2, 14, device=device).remainder(self.network.config.get_text_config().vocab_size)[None]
         positions = torch.cat([torch.arange(5), torch.arange(7)]).to(device)[None]
-        ours = self._head(self._states(ids, positions)[0]).logits()
+        ours = self._head(self._states(ids, positions)[0][0]).logits()
         theirs = torch.cat([self.network(part, use_cache=False).logits[0] for part in ids.split([5, 7], dim=1)]).float()
         self.network.train(training)
         tolerance = 1e-4 if ours.dtype == self.network.dtype else 0.05  # of float32 and of half precision
@@ -236,21 +262,14 @@ class LanguageModule(nn.Module):
 
 def _rows(some: Any, rows: torch.Tensor) -> Any:
     """The distributions at some positions."""
-    if isinstance(some, Aligned):
+    if isinstance(some, (Aligned, Head)):
         return some.take(rows)
-    if isinstance(some, Head):
-        return replace(some, hidden=some.hidden[rows])
     weights = None if some.weights is None else some.weights[rows]
     return Sparse(some.ids[rows], some.logprobs[rows], weights)
 
 
-class _Computed:
-    """The objective of the training loop where the module has computed the loss."""
-
-    requires = Reveals.TEXT
-
-    def prepare(self, transfer_set: Any) -> Mapping[str, torch.Tensor]:
-        raise TypeError("language models are trained by fit_language_student")
+class Computed:
+    """The loss of the training loop where the module has computed it, of ``targets["positions"]`` positions a row."""
 
     def loss(self, output: torch.Tensor, targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return output
@@ -306,12 +325,13 @@ def fit_language_student(
 
     Returns:
         The network in evaluation mode, and the history of `Trainer.fit` with ``packing`` (`Packed.report`),
-        ``parameters`` (all and ``trained``) and, across tokenizers, ``alignment`` (`Alignment.report`).
+        ``parameters`` (all and ``trained``), across tokenizers ``alignment`` (`Alignment.report`) and, of an objective
+        on hidden states, ``layers`` (the pairs that it compares).
 
     Raises:
         DistillError: The student's tokenizer is not the teacher's and the objective needs that; it needs a signal
-            and there is none; no example fits; rows are longer than the student's context; and what encoding, building
-            and training raise.
+            and there is none, or it looks inside a teacher that is not here; no example fits; rows are longer than the
+            student's context; and what encoding, building and training raise.
     """
     tokenizer = student.tokenizer(teachers)
     across = isinstance(objective, CrossTokenObjective) and teachers is not None
@@ -339,19 +359,41 @@ def fit_language_student(
     context = told.get("max_position_embeddings") or told.get("n_positions") or length
     if length > context:
         raise DistillError(f"rows have {length} tokens and the student reads at most {context}", "max_length")
+    if isinstance(objective, WhiteBoxObjective):
+        if not isinstance(signal, TeacherSignal):
+            raise DistillError(
+                f"{type(objective).__name__} looks inside the teacher at each step, which no stored signal allows; "
+                "take signal=text with a local teacher",
+                "signal",
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive(seed, "objective"))
+            objective = objective.between(network, signal.teacher.network)
+        given = signal.of_layers([layer for _, layer in objective.pairs or ()])
     features = TensorFeatures({key: torch.from_numpy(column) for key, column in packed.columns().items()})
     # The loop tells one training from another by its targets.
-    options = {key: value for key, value in vars(objective).items() if isinstance(value, (bool, int, float, str))}
-    identity = derive(0, type(objective).__qualname__, sorted(options.items()), type(given), packed.fingerprint)
+    identity = derive(0, _told(objective), type(given), packed.fingerprint)
     targets = {
         "positions": (features.tensors["labels"] >= 0).sum(dim=1),
         "identity": torch.full((len(packed),), identity, dtype=torch.int64),
     }
     module = LanguageModule(network, objective, given)
-    history = trainer.fit(module, features, targets, _Computed(), recipe, seed=seed, name=name, directory=directory)
+    history = trainer.fit(module, features, targets, Computed(), recipe, seed=seed, name=name, directory=directory)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
     history["packing"] = packed.report()
+    if isinstance(objective, WhiteBoxObjective):
+        history["layers"] = [list(pair) for pair in objective.pairs or ()]
     if isinstance(given, AlignedSignal):
         history["alignment"] = given.alignment.report
     history["parameters"] = {"all": sum(n for n, _ in sizes), "trained": sum(n for n, learns in sizes if learns)}
     return network.eval(), history
+
+
+def _told(method: Any) -> str:
+    """A method with its options, those of a method inside it too, as text."""
+    options = {
+        key: _told(value) if isinstance(value, LanguageObjective) else value
+        for key, value in vars(method).items()
+        if isinstance(value, (bool, int, float, str, tuple, LanguageObjective))
+    }
+    return f"{type(method).__qualname__} {sorted(options.items())}"

@@ -366,6 +366,8 @@ class TransferSet:
         made: (m, ...) the inputs of those queries that the attack made, in order; None where all are pool rows.
         logits: (n, classes) float32 where the interface reveals them.
         targets: (n, classes) float32, what a student is trained on: set by a recovery.
+        groups: (n,) int64: queries of one group were asked as one (repeats and variants of an input); None where each
+            stands for itself.
         pool: Fingerprint of the pool.
         profile: What the answers reveal, as text.
         note: One line on where it comes from, for the card.
@@ -376,6 +378,7 @@ class TransferSet:
     made: np.ndarray | None = None
     logits: np.ndarray | None = None
     targets: np.ndarray | None = None
+    groups: np.ndarray | None = None
     pool: str = ""
     profile: str = ""
     note: str = ""
@@ -397,6 +400,26 @@ class TransferSet:
             made=made,
             logits=None if self.logits is None else self.logits[:n],
             targets=None if self.targets is None else self.targets[:n],
+            groups=None if self.groups is None else self.groups[:n],
+        )
+
+    def take(self, rows: np.ndarray) -> TransferSet:
+        """These queries, in this order."""
+        made = self.made
+        if made is not None:
+            place = np.cumsum(self.rows < 0) - 1  # of a query's input in `made`
+            made = made[place[rows][self.rows[rows] < 0]]
+        logits, targets, groups = (
+            None if column is None else column[rows] for column in (self.logits, self.targets, self.groups)
+        )
+        return replace(
+            self,
+            rows=self.rows[rows],
+            posteriors=self.posteriors[rows],
+            made=made,
+            logits=logits,
+            targets=targets,
+            groups=groups,
         )
 
     def inputs(self, pool: Examples) -> Inputs:

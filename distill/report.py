@@ -17,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from distill.config import NOT_IDENTITY, QUERY_GROUPS, STUDENT_GROUPS, digest
 from distill.errors import DistillError
 from distill.launch import SWEEP_FILE, one_line_errors
 from distill.records import Result, TransferSet
@@ -36,9 +37,10 @@ NUMBERS: dict[str, Any] = {
     "tokens": lambda r: r.cost["tokens_in"] + r.cost["tokens_out"] if not r.classes else None,
     "usd": lambda r: r.cost["usd"],
 }
-
-
 UNKNOWN = "–"  # the run did not measure it
+
+CONTROL = "ground_truth_answers"
+HOW_TAUGHT = ("defense", "attack", "access", "signal", "rollout", "objective")  # in these a control may differ
 
 
 def load_runs(places: list[Path]) -> dict[Path, Result]:
@@ -65,6 +67,50 @@ def _number(title: str, result: Result) -> str:
     return f"{value:.2f}" if title == "usd" else f"{value:.4f}"
 
 
+def recovery_ratios(results: list[Result]) -> list[dict[str, float]]:
+    """For each run, how much of what the undefended teacher's answers teach its student learnt.
+
+    "recovery ratio" is (S_d − S_0)/(S_clean − S_0), of task accuracies: S_d of the run's student, S_0 of the untrained
+    one, S_clean of the student of the run that differs in nothing but having no defense. "ground truth" is the same
+    with the student of the control on ground truth in the place of S_d. A ratio is left out where a run that it needs
+    is not among these, where there was nothing to learn (S_clean ≤ S_0), and for controls.
+    """
+    clean = {_common(r, "defense"): r for r in results if r.choices["defense"] == "none"}
+    truth = {_common(r, *HOW_TAUGHT): r for r in results if r.choices["attack"] == CONTROL}
+    found: list[dict[str, float]] = []
+    for result in results:
+        ratios: dict[str, float] = {}
+        students = {"recovery ratio": result, "ground truth": truth.get(_common(result, *HOW_TAUGHT))}
+        undefended = clean.get(_common(result, "defense"))
+        top, start = _accuracy(undefended, "student"), _accuracy(result, "untrained")
+        if result.cost["queries"] and top is not None and start is not None and top > start:
+            for title, other in students.items():
+                if (reached := _accuracy(other, "student")) is not None:
+                    ratios[title] = (reached - start) / (top - start)
+        found.append(ratios)
+    return found
+
+
+def _common(result: Result, *but: str) -> str:
+    """The same for two runs that differ in these groups alone. A path stands for itself: what it holds is told apart by
+    the fingerprints, all but the teacher's, since a defense may train another one."""
+    groups = {name: _told(result.config.get(name)) for name in QUERY_GROUPS + STUDENT_GROUPS if name not in but}
+    return digest([groups, {name: value for name, value in result.fingerprints.items() if name != "teacher"}])
+
+
+def _told(node: Any) -> Any:
+    """A config without what can't change a result."""
+    if isinstance(node, list):
+        return [_told(child) for child in node]
+    if isinstance(node, dict):
+        return {name: _told(child) for name, child in node.items() if name not in NOT_IDENTITY}
+    return node
+
+
+def _accuracy(result: Result | None, who: str) -> float | None:
+    return None if result is None else result.accuracy.get(who, {}).get("accuracy")
+
+
 def comparison(runs: dict[Path, Result]) -> Table:
     """One row a run: what differs between the runs, the numbers, and the run's id. n of every number: the test rows."""
     results = list(runs.values())
@@ -79,11 +125,16 @@ def comparison(runs: dict[Path, Result]) -> Table:
     titles = [title for title in NUMBERS if any(_number(title, result) != UNKNOWN for result in results)]
     for title in titles:
         table.add_column(title, justify="right")
+    ratios = recovery_ratios(results)
+    shares = list(dict.fromkeys(title for row in ratios for title in row))
+    for title in shares:
+        table.add_column(title, justify="right")
     table.add_column("run")
-    for run_dir, result in runs.items():
+    for (run_dir, result), share in zip(runs.items(), ratios, strict=True):
         row = [result.choices.get(axis, UNKNOWN) for axis in axes]
         row += [str(result.config["budget"][key]) for key in keys] + ([str(result.seed)] if seeds else [])
-        table.add_row(*row, *(_number(title, result) for title in titles), run_dir.name)
+        row += [_number(title, result) for title in titles]
+        table.add_row(*row, *(f"{share[title]:.4f}" if title in share else UNKNOWN for title in shares), run_dir.name)
     return table
 
 

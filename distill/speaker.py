@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -128,16 +129,21 @@ class CausalLM(Tokenizing):
         return self._decoder.generate(tokens, sampling, uniforms, top_k, processors)
 
     @torch.no_grad()
-    def heads(self, sequences: list[list[int]], starts: list[int]) -> list[Head]:
-        """For each sequence the distributions of its tokens from `starts` on (at least 1). All share one weight."""
+    def heads(self, sequences: list[list[int]], starts: list[int], layers: Sequence[int] = ()) -> list[Head]:
+        """For each sequence the distributions of its tokens from `starts` on (at least 1). All share one weight.
+
+        `layers`: Whose hidden states come with them, numbered as in `Network.hidden`.
+        """
         heads: list[Head | None] = [None] * len(sequences)
         order = sorted(range(len(sequences)), key=lambda row: -len(sequences[row]))
         while order:
             many = max(1, PREFILL_TOKENS // len(sequences[order[0]]))
             rows, order = order[:many], order[many:]
-            hidden = self._network.hidden(padded([sequences[row] for row in rows]))
-            for row, states in zip(rows, hidden, strict=True):
-                heads[row] = self._network.head(states[starts[row] - 1 : len(sequences[row]) - 1])
+            hidden = self._network.hidden(padded([sequences[row] for row in rows]), layers)
+            for place, row in enumerate(rows):
+                part = slice(starts[row] - 1, len(sequences[row]) - 1)
+                last, *inner = (states[place, part] for states in hidden)
+                heads[row] = replace(self._network.head(last), layers=tuple(inner))
         return [head for head in heads if head is not None]
 
     def hold(self, model: PreTrainedModel, tokenizer: Any) -> None:

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from distill.contracts import Features, Objective, Student
+from distill.contracts import Features, Loss, Student
 from distill.errors import DistillError
 from distill.randomness import derive, generator
 from distill.records import Inputs, InputSpec, file_hash
@@ -329,7 +329,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     features: Features
     targets: Mapping[str, torch.Tensor]
-    objective: Objective
+    objective: Loss
     recipe: Recipe
     rows: torch.Tensor
     held_out: torch.Tensor
@@ -425,7 +425,7 @@ class Trainer:
         module: torch.nn.Module,
         features: Features,
         targets: Mapping[str, torch.Tensor],
-        objective: Objective,
+        objective: Loss,
         recipe: Recipe,
         *,
         seed: int,
@@ -752,7 +752,7 @@ def split_rows(n: int, validation_share: float, seed: int, name: str) -> tuple[t
 def _identity(
     module: torch.nn.Module,
     targets: Mapping[str, torch.Tensor],
-    objective: Objective,
+    objective: Loss,
     recipe: Recipe,
     seed: int,
     name: str,

@@ -40,7 +40,7 @@ def save(transfer_set: TransferSet, path: Path) -> None:
     """Write a folder that `datasets.load_from_disk` loads, all of it or nothing; one that is there is replaced.
 
     Columns: `row` of the pool (-1 where the attack made the input), `posterior`, `label`, and where there are any
-    `logits` and `input` (flat; null where it is a pool row). Targets are not stored: they are a recovery's.
+    `logits`, `group` and `input` (flat; null where it is a pool row). Targets are not stored: they are a recovery's.
 
     Raises:
         DistillError: It can't be written.
@@ -48,6 +48,9 @@ def save(transfer_set: TransferSet, path: Path) -> None:
     columns: dict[str, tuple[Any, Callable[[slice], pa.Array]]] = {
         "row": (Value("int64"), lambda part: pa.array(transfer_set.rows[part])),
     } | _answer_columns(transfer_set, Value("int64"))
+    groups = transfer_set.groups
+    if groups is not None:
+        columns["group"] = Value("int64"), lambda part: pa.array(groups[part])
     made = transfer_set.made
     if made is not None:
         text = made.dtype == object
@@ -84,6 +87,7 @@ def load(path: Path) -> TransferSet:
         posteriors=_values(table, "posterior").reshape(shape),
         made=None if made is None else _values(table, "input").astype(made["dtype"]).reshape(-1, *made["shape"]),
         logits=_values(table, "logits").reshape(shape) if "logits" in table.column_names else None,
+        groups=_values(table, "group") if "group" in table.column_names else None,
         pool=sidecar["pool"],
         profile=sidecar["profile"],
         note=sidecar["note"],

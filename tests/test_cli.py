@@ -80,7 +80,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 @pytest.mark.parametrize("words", ["+budgett=5", "budget.queries=0", "run.device=cuda:9", "defense=roundin"])
 def test_bad_input_is_one_line_for_the_command_too(words: str, tmp_path: Path) -> None:
-    done = distill("train", "+experiment=quickstart", words, cwd=tmp_path, check=False)
+    done = distill("train", "+experiment=quickstart", words, cwd=tmp_path, check=False, fresh=True)
     assert done.returncode == 2, done.stdout + done.stderr
     assert BAD[words] in complaint(done.stderr)
     assert len(done.stderr.splitlines()) == 1, done.stderr

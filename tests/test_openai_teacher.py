@@ -659,11 +659,13 @@ def test_log_probabilities_of_chats(server, tmp_path, tiny):
     server.answer = with_logprobs(chat_logprobs(4))
     answers = ask(ready(tmp_path, server.url, tokenizer=str(tiny)), "q", "p", top_k=3)
     assert {(body["logprobs"], body["top_logprobs"]) for body in server.bodies} == {(True, 3)}
-    assert answers.offsets.tolist() == [0, 3, 6]
-    assert answers.tokens(0).tolist() == [numbers("Ġhi"), -1, numbers("!")], "é is two tokens of this vocabulary"
+    assert answers.offsets.tolist() == [0, 4, 8]
+    told = [numbers("Ġhi"), -1, numbers("!"), numbers("<|im_end|>")]
+    assert answers.tokens(0).tolist() == told, "é is two tokens of this vocabulary; the end is put back"
     assert answers.top_ids[0].tolist() == [numbers("Ġhi"), numbers("a"), numbers("b")]
-    np.testing.assert_allclose(answers.top_logprobs, [[-0.5, -2.0, -3.0]] * 6)
-    np.testing.assert_allclose(answers.logprobs, [-0.5] * 6)
+    certain = [0.0, -np.inf, -np.inf]
+    np.testing.assert_allclose(answers.top_logprobs, [*[[-0.5, -2.0, -3.0]] * 3, certain] * 2)
+    np.testing.assert_allclose(answers.logprobs, [-0.5, -0.5, -0.5, 0.0] * 2)
     nameless = ask(ready(tmp_path, server.url), "q", top_k=3)
     assert nameless.token_ids.tolist() == [-1] * 3
     assert (nameless.top_ids == -1).all()
@@ -677,11 +679,41 @@ def test_log_probabilities_of_completions(server, tmp_path, tiny):
     teacher = ready(tmp_path, server.url, tokenizer=str(tiny))
     legacy = teacher.generate(prompts, GREEDY, np.zeros(1, np.int64), 2)
     assert server.bodies[0]["logprobs"] == 2
-    assert legacy.top_ids.shape == (3, 2)
-    np.testing.assert_allclose(legacy.top_logprobs, [[-0.5, -2.0]] * 3)
+    assert legacy.top_ids.shape == (4, 2)
+    np.testing.assert_allclose(legacy.top_logprobs, [*[[-0.5, -2.0]] * 3, [0.0, -np.inf]])
     server.answer = with_logprobs(chat_logprobs(2, id=7))  # llama.cpp: as chats, with ids
     modern = teacher.generate(Prompts(texts(["other"]), chat=False), GREEDY, np.zeros(1, np.int64), 2)
-    assert modern.token_ids.tolist() == [7, 7, 7]
+    assert modern.token_ids.tolist()[:3] == [7, 7, 7]
+
+
+def test_the_end_of_an_answer_is_told_once(server, tmp_path, tiny):
+    from transformers import AutoTokenizer
+
+    number, end = AutoTokenizer.from_pretrained(tiny).convert_tokens_to_ids(["a", "<|im_end|>"])
+
+    def tokens(content: list[dict[str, Any]], finish: str, prompts: Prompts) -> list[int]:
+        def answers(body: dict[str, Any]) -> Any:
+            made = with_logprobs({"content": content})(body)
+            made["choices"][0]["finish_reason"] = finish
+            return made
+
+        server.answer = answers
+        asked, noted = (
+            ready(tmp_path, server.url, tokenizer=str(tiny)).generate(prompts, GREEDY, np.zeros(1, np.int64), 1)
+            for _ in range(2)
+        )
+        assert asked.tokens(0).tolist() == noted.tokens(0).tolist()
+        assert len(asked.top_ids) == len(asked.logprobs) == len(asked.token_ids) == asked.offsets[-1]
+        return asked.token_ids.tolist()
+
+    a = entry("a", -1.0, top_logprobs=[entry("a", -1.0)])
+    ended = entry("<|im_end|>", -0.1, top_logprobs=[entry("<|im_end|>", -0.1)])
+    assert tokens([a, ended], "stop", Prompts.of_users(["vLLM tells it"])) == [number, end]
+    assert tokens([a], "stop", Prompts.of_users(["most leave it out"])) == [number, end]
+    assert tokens([a], "stop", Prompts(texts(["plain text ends too"]), chat=False)) == [number, end]
+    assert tokens([], "stop", Prompts.of_users(["an answer of nothing"])) == [end]
+    assert tokens([a], "length", Prompts.of_users(["a cut answer has no end"])) == [number]
+    assert len(server.requests) == 5, "each was asked once and then read from its note"
 
 
 def test_log_probabilities_end_with_the_text(server, tmp_path):

@@ -108,7 +108,7 @@ def test_any_function_as_the_teacher(reviews: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FUNCTIONS)
     words = [f"data.path={reviews}", "teacher=callable", "teacher.function=mine:good", "student=text_encoder"]
     env = {"PYTHONPATH": str(tmp_path), "DISTILL_ALLOW_TARGETS": "mine."}
-    distill("train", *OWN, *words, *SMALL, cwd=tmp_path, env=env)
+    distill("train", *OWN, *words, *SMALL, cwd=tmp_path, env=env, fresh=True)
     assert result_of(tmp_path)["accuracy"]["teacher"]["accuracy"] > 0.9
 
 

@@ -476,5 +476,5 @@ def test_random_words_come_as_often_as_in_the_text(tmp_path: Path) -> None:
     known = " ".join(chats(8).messages(row)[0]["content"] for row in range(8)).split()
     assert set(" ".join(of_task.messages(row)[0]["content"] for row in range(5)).split()) <= set(known)
     path.write_text("one one one")
-    with pytest.raises(DistillError, match=r"pool.path: 1 words make no prompts"):
+    with pytest.raises(DistillError, match=r"pool.path: 1 words make no texts"):
         RandomWordPrompts(str(path)).load_prompts(held_out(chats(1)))

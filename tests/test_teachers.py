@@ -27,13 +27,13 @@ from dense import RECIPE, Dense, dataset, digits
 
 from distill.config import CONFIG_DIR, build
 from distill.errors import BadAnswer, DistillError, MissingAsset
+from distill.kept import find
 from distill.provider.teachers import http as http_module
 from distill.provider.teachers.callable import Callable
 from distill.provider.teachers.hf_image_classifier import HFImageClassifier
 from distill.provider.teachers.hf_text_classifier import HFTextClassifier
 from distill.provider.teachers.http import HTTP, is_loopback, retry_after_s
 from distill.provider.teachers.torch_classifier import TorchClassifier
-from distill.provider.teachers.trained import find_trained
 from distill.records import Dataset, InputSpec, Reveals, softmax
 from distill.training import Trainer
 
@@ -769,7 +769,7 @@ def test_torch_is_trained_once(trained, cpu, monkeypatch):
     assert (logits.argmax(axis=1) == data.test.labels).mean() > 0.8
     assert teacher.parameters == 64 * 32 + 32 + 32 * 10 + 10
     assert teacher.flops_per_query == 2 * (64 * 32 + 32 * 10)
-    assert sorted(p.suffix for p in (cache / "teachers").iterdir()) == ["", ".lock"], "nothing half-done is left"
+    assert sorted(p.suffix for p in (cache / "networks").iterdir()) == ["", ".lock"], "nothing half-done is left"
     monkeypatch.setattr(cpu, "fit", lambda *args, **options: pytest.fail("trained again"))
     again = TorchClassifier(Dense(), RECIPE)
     again.prepare(data, cpu, cache)
@@ -778,7 +778,7 @@ def test_torch_is_trained_once(trained, cpu, monkeypatch):
     one_by_one = np.concatenate([again.predict(data.test.inputs[i : i + 1]) for i in range(5)])
     np.testing.assert_array_equal(one_by_one, logits[:5])
     assert again.predict(data.test.inputs[:0]).shape == (0, 10)
-    record = json.loads(next(cache.rglob("teacher.json")).read_text())
+    record = json.loads(next(cache.rglob("network.json")).read_text())
     assert record["fingerprint"] == teacher.fingerprint
     assert record["history"]["epochs"] == 8
 
@@ -798,10 +798,10 @@ def test_torch_is_another_when_anything_differs(trained, cpu, tmp_path):
     for variant, on in variants:
         variant.prepare(on, cpu, tmp_path)
     assert len({teacher.fingerprint, *(variant.fingerprint for variant, _ in variants)}) == 6
-    assert len(list(tmp_path.rglob("teacher.json"))) == 5
+    assert len(list(tmp_path.rglob("network.json"))) == 5
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "teacher.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "network.json"])
 def test_torch_damage_is_noticed_and_mended(trained, cpu, caplog, name):
     cache, teacher = trained
     path = next(cache.rglob(name))
@@ -814,7 +814,7 @@ def test_torch_damage_is_noticed_and_mended(trained, cpu, caplog, name):
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert any(str(path) in warning and "damaged" in warning for warning in warnings)
     assert again.fingerprint == teacher.fingerprint
-    assert find_trained(path.parent) is not None
+    assert find(path.parent, "network.json", "teacher") is not None
 
 
 def test_torch_killed_and_continued(trained, tmp_path):
@@ -827,7 +827,7 @@ def test_torch_killed_and_continued(trained, tmp_path):
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    assert not list(tmp_path.rglob("teacher.json")), "it was to be killed while training"
+    assert not list(tmp_path.rglob("network.json")), "it was to be killed while training"
     fingerprint, said = finish(start_training(tmp_path))
     assert "continuing after step" in said
     assert fingerprint == uninterrupted.fingerprint
@@ -853,7 +853,7 @@ def test_torch_two_ranks_train_together(tmp_path):
     results = [finish(process) for process in ranks]
     assert len({fingerprint for fingerprint, _ in results}) == 1
     assert all("training the teacher on" in said for _, said in results)
-    assert len(list(tmp_path.rglob("teacher.json"))) == 1
+    assert len(list(tmp_path.rglob("network.json"))) == 1
 
 
 def test_torch_refuses_what_it_cannot_identify(cpu, tmp_path):
@@ -877,6 +877,6 @@ def test_torch_is_composed_of_any_student_and_recipe(architecture):
         chosen = [f"student@teacher.architecture={architecture}", "training@teacher.recipe=sgd"]
         config = compose(overrides=["+teacher=torch_classifier", *chosen])
     teacher = build(config.teacher, "teacher")
-    assert teacher._description["class"].startswith(f"distill.students.{architecture}.")
+    assert type(teacher.architecture).__module__ == f"distill.students.{architecture}"
     assert teacher.recipe.optimizer == "sgd"
     assert teacher.seed == 0

@@ -9,14 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
-from commands import complaint, distill
+from commands import Running, command, complaint, distill
 
 from distill.config import CONFIG_DIR
 from distill.records import RESULT_SCHEMA, Result
@@ -43,7 +42,7 @@ def numbers(value: Any) -> Any:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with one finished run, and the reference for every interrupted one."""
     cwd = tmp_path_factory.mktemp("finished")
-    done = distill("train", *QUICK, cwd=cwd)
+    done = distill("train", *QUICK, cwd=cwd, fresh=True)
     assert "agreement" in done.stdout
     assert "next: python -m distill.train +experiment=quickstart -m defense=none,rounding" in done.stdout
     return cwd
@@ -189,23 +188,11 @@ def test_money_bounds_the_queries(tmp_path: Path) -> None:
 # --- interruption ---------------------------------------------------------------------------------------------------
 
 
-def killed(words: list[str], cwd: Path, after: float, env: dict[str, str]) -> bool:
-    """Start a run and SIGKILL it, with its children, after so many seconds. True if it had not ended by then."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "distill.train", *words],
-        cwd=cwd,
-        env=os.environ | env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
-        try:
-            process.wait(after)
-            return False
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return True
+def killed(words: list[str], cwd: Path, after_s: float, env: dict[str, str | None]) -> bool:
+    """Start a run and kill it after so many seconds of processor time. True if it had not ended by then."""
+    done = Running(command, "train", *words, cwd=cwd, env=env, cpu_s=after_s).end()
+    assert done.returncode in (0, -signal.SIGPROF), done.stderr
+    return done.returncode != 0
 
 
 def test_kill_9_at_any_moment_and_the_same_command_again(tmp_path: Path) -> None:
@@ -218,14 +205,13 @@ def test_kill_9_at_any_moment_and_the_same_command_again(tmp_path: Path) -> None
     reference, cwd = tmp_path / "reference", tmp_path / "killed"
     reference.mkdir()
     cwd.mkdir()
-    started = time.monotonic()
-    distill("train", *words, cwd=reference, env={"DISTILL_CACHE": str(reference / "cache")})
-    whole = time.monotonic() - started
+    whole = distill("train", *words, cwd=reference, env={"DISTILL_CACHE": str(reference / "cache")}).cpu_s
+    assert whole is not None
     rng = random.Random(0)
     kills, after, seen = 0, 0.2 * whole, set()
     while killed(words, cwd, after, {"DISTILL_CACHE": str(cwd / "cache")}):
         kills += 1
-        seen |= {path.name for path in cwd.rglob("*") if path.name in ("teacher.json", "query.json", "student.json")}
+        seen |= {path.name for path in cwd.rglob("*") if path.name in ("network.json", "query.json", "student.json")}
         after += rng.uniform(0.01, 0.09) * whole
     assert kills >= 5
     assert seen, "some kill fell between two stages"
@@ -251,15 +237,11 @@ def test_a_damaged_transfer_set_is_named_and_made_again_without_asking(finished:
 
 
 def test_two_processes_on_one_run_make_it_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "distill.train", *QUICK]
-    both = [
-        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    said = [process.communicate(timeout=200) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert sum("another process works on this run" in err for _, err in said) == 1
-    assert sum("finished before" in err for _, err in said) == 1
+    both = [Running(command, "train", *QUICK, cwd=tmp_path) for _ in range(2)]
+    said = [process.end() for process in both]
+    assert [one.returncode for one in said] == [0, 0], said
+    assert sum("another process works on this run" in one.stderr for one in said) == 1
+    assert sum("finished before" in one.stderr for one in said) == 1
 
 
 def test_two_ranks_train_as_one(finished: Path, tmp_path: Path) -> None:
@@ -279,15 +261,16 @@ def test_two_ranks_train_as_one(finished: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("outputs/*/*/result.json"))) == 1
 
 
+def on_a_full_disk(*words: str) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    command("train", *words)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files, as a full disk does")
 def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(finished: Path, tmp_path: Path) -> None:
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
-        "from distill.train import main; main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *QUICK, "student.hidden=[256]"], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = Running(on_a_full_disk, *QUICK, "student.hidden=[256]", cwd=tmp_path).end()
     assert done.returncode == 2, done.stderr
     assert "no space left" in done.stderr
     assert "Traceback" not in done.stderr
@@ -299,7 +282,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(finished: Path, 
 
 def test_wandb_without_a_key_is_offline_and_never_asks(tmp_path: Path) -> None:
     env = {"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    distill("train", *QUICK, "tracker=wandb", cwd=tmp_path, env=env)
+    distill("train", *QUICK, "tracker=wandb", cwd=tmp_path, env=env, fresh=True)
     (record,) = tmp_path.glob("outputs/*/*/wandb/offline-run-*/*.wandb")
     content = record.read_bytes()
     for name in (b"quickstart", b"fidelity/agreement", b"knockoff_random", b"transfer-set-", b"samples"):
@@ -308,13 +291,14 @@ def test_wandb_without_a_key_is_offline_and_never_asks(tmp_path: Path) -> None:
 
 def test_trackio_shows_the_same_numbers(tmp_path: Path) -> None:
     pytest.importorskip("trackio")
-    distill("train", *QUICK, "tracker=trackio", cwd=tmp_path, env={"TRACKIO_DIR": str(tmp_path / "trackio")})
+    env = {"TRACKIO_DIR": str(tmp_path / "trackio")}
+    distill("train", *QUICK, "tracker=trackio", cwd=tmp_path, env=env, fresh=True)
     assert list((tmp_path / "trackio").glob("distill*.db"))
 
 
 def test_a_tracker_that_fails_costs_a_warning(tmp_path: Path) -> None:
     nobody = {"WANDB_MODE": "online", "WANDB_API_KEY": "x" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     words = ["tracker=wandb", "tracker.mode=online", "tracker.init_timeout_s=3"]
-    done = distill("train", *QUICK, *words, cwd=tmp_path, env=nobody)
+    done = distill("train", *QUICK, *words, cwd=tmp_path, env=nobody, fresh=True)
     assert "tracker WandB failed and is left out" in done.stderr
     assert result_of(tmp_path)["fidelity"]["agreement"] > 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -101,9 +102,10 @@ class Local:
         return prompt_tokens(self.tokenizer, prompts, sampling)
 
     @torch.no_grad()
-    def heads(self, sequences: list[list[int]], starts: list[int]) -> list[Head]:
-        weight = self.network.lm_head.weight
-        return [
-            Head(self.network.model(torch.tensor([ids])).last_hidden_state[0, start - 1 : -1], weight)
-            for ids, start in zip(sequences, starts, strict=True)
-        ]
+    def heads(self, sequences: list[list[int]], starts: list[int], layers: Sequence[int] = ()) -> list[Head]:
+        heads = []
+        for ids, start in zip(sequences, starts, strict=True):
+            states = self.network.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+            some = [states[layer][0, start - 1 : -1] for layer in (-1, *layers)]
+            heads.append(Head(some[0], self.network.lm_head.weight, layers=tuple(some[1:])))
+        return heads

@@ -35,3 +35,4 @@ class TokenAdaptiveKL(TokenLevel):
         if not 0 < head_mass < 1:
             raise ValueError(f"head_mass lies between 0 and 1, not {head_mass}")
         super().__init__(adaptive_kl(head_mass), temperature, t_squared, label_weight)
+        self.head_mass = head_mass

@@ -39,3 +39,4 @@ class TokenJSD(TokenLevel):
             raise ValueError("missing is tail where beta is 1: reverse KL from a teacher with zeros is infinite")
         divergence = forward_kl if beta == 0 else reverse_kl if beta == 1 else generalised_jsd(beta, normalised)
         super().__init__(divergence, temperature, t_squared, label_weight, missing)
+        self.beta, self.normalised = beta, normalised

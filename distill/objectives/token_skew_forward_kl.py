@@ -34,3 +34,4 @@ class TokenSkewForwardKL(TokenLevel):
         if not 0 <= alpha < 1:
             raise ValueError(f"alpha is at least 0 and less than 1, not {alpha}")
         super().__init__(skew_forward_kl(alpha), temperature, t_squared, label_weight, missing)
+        self.alpha = alpha

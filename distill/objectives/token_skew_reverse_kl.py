@@ -34,3 +34,4 @@ class TokenSkewReverseKL(TokenLevel):
         if not 0 < alpha < 1:
             raise ValueError(f"alpha lies between 0 and 1 (0 is objective=token_reverse_kl), not {alpha}")
         super().__init__(skew_reverse_kl(alpha), temperature, t_squared, label_weight, missing)
+        self.alpha = alpha

@@ -34,3 +34,4 @@ class TokenSymmetricKL(TokenLevel):
         if not 0 <= reverse_share <= 1:
             raise ValueError(f"reverse_share lies between 0 and 1, not {reverse_share}")
         super().__init__(symmetric_kl(reverse_share), temperature, t_squared, label_weight)
+        self.reverse_share = reverse_share

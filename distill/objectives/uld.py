@@ -26,7 +26,7 @@ class ULD:
     Two sorts of the vocabulary at each position make it about eight times as slow as the other divergences on a CPU.
 
     Args:
-        uld_weight: λ ≥ 0.
+        uld_weight: λ ≥ 0. Its default and that of T are those of the authors' code (llm-recipes).
         temperature: T > 0, of teacher and student alike in the second term.
 
     Raises:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from distill.contracts import Defense, Teacher
+from distill.contracts import Defense, StatefulDefense, Teacher
 from distill.errors import BadAnswer, DistillError
 from distill.provider.cache import RowCache
 from distill.provider.journal import Journal
@@ -38,7 +40,8 @@ class Provider:
     """Owns everything that the attacker must not reach. Not for several threads at once.
 
     Args:
-        teacher: Prepared, so that its fingerprint is known.
+        teacher: The one that answers. Prepared, so that its fingerprint is known.
+        undefended: The one that the evaluation compares with: the same, unless the defense is one of training.
         defense: What perturbs its answers.
         spec: What one input is.
         classes: Number of classes.
@@ -60,6 +63,7 @@ class Provider:
         teacher: Teacher,
         defense: Defense,
         *,
+        undefended: Teacher | None = None,
         spec: InputSpec,
         classes: int,
         access: InterfaceProfile,
@@ -82,7 +86,9 @@ class Provider:
         self.rows_at_once = max(1, min(ROWS_AT_ONCE, CHUNK_BYTES // (4 * max(classes, math.prod(spec.shape)))))
         self._forwards_at_once = min(teacher.rows_at_once, self.rows_at_once)
         self._noise_seed = derive(seed, "defense")
-        self._clean_answers = RowCache(cache / "answers" / teacher.fingerprint)
+        self._cache = cache
+        self._clean_answers: dict[str, RowCache] = {}
+        self.undefended = undefended or teacher
         self._info_folder = cache / "query_info" / teacher.fingerprint / defense_id
         self._info_cache: RowCache | None = None
         self._takes_info: bool | None = None
@@ -120,9 +126,13 @@ class Provider:
         done = 0
         while done < len(inputs):
             logged = self._journal.replay(keys[done:])
+            if logged is not None and isinstance(self.defense, StatefulDefense):
+                part = slice(done, done + len(logged["key"]))  # it remembers what it answered before the interruption
+                clean = Answers(logged["clean"])
+                self._perturb(clean, inputs[part], keys[part], repeats[part])
             if logged is None:
                 part = slice(done, min(len(inputs), done + self._journal.gap()))
-                clean = self._clean(inputs[part], keys[part], rows[part])
+                clean = self._clean(self.teacher, inputs[part], keys[part], rows[part])
                 returned = self._defended(clean, inputs[part], keys[part], repeats[part], rows[part])
                 logged = {
                     "key": keys[part],
@@ -148,17 +158,42 @@ class Provider:
     # --- what the evaluation gets: not billed, not logged, but cached -------------------------------------------
 
     def clean(self, inputs: Inputs) -> Answers:
-        """The teacher's own answers, with its logits where it gives them."""
-        return self._each_chunk(inputs, self._clean)
+        """The undefended teacher's own answers, with its logits where it gives them."""
+        return self._each_chunk(inputs, partial(self._clean, self.undefended))
 
     def returned(self, inputs: Inputs) -> Answers:
-        """What an honest user gets who asks each of these once: defended and cut to the profile."""
+        """What an honest user gets who asks each of these once: defended and cut to the profile.
+
+        A defense that remembers is in the state that the attack left, and is left in it.
+        """
 
         def answer(inputs: np.ndarray, keys: np.ndarray, rows: np.ndarray) -> Answers:
-            clean = self._clean(inputs, keys, rows)
+            clean = self._clean(self.teacher, inputs, keys, rows)
             return self._defended(clean, inputs, keys, np.zeros(len(keys), dtype=np.int64), rows)
 
-        return self._each_chunk(inputs, answer)
+        if not isinstance(self.defense, StatefulDefense):
+            return self._each_chunk(inputs, answer)
+        state = {name: array.copy() for name, array in self.defense.state().items()}
+        try:
+            return self._each_chunk(inputs, answer)
+        finally:
+            self.defense.restore(state)
+
+    def defense_latency_s(self, inputs: Inputs, repeats: int = 20) -> float:
+        """Median seconds that the defense takes for one answer: its information on the query and the perturbation."""
+        one = inputs[:1]
+        keys, once = content_keys(one), np.zeros(1, dtype=np.int64)
+        clean = self._clean(self.teacher, one, keys, once)
+        state = self.defense.state() if isinstance(self.defense, StatefulDefense) else {}
+        state = {name: array.copy() for name, array in state.items()}
+        seconds = []
+        for _ in range(3 + repeats):
+            started = time.perf_counter()
+            self.defense.perturb(clean, self.defense.query_info(one), KeyedRandom(self._noise_seed, keys, once))
+            seconds.append(time.perf_counter() - started)
+        if isinstance(self.defense, StatefulDefense):
+            self.defense.restore(state)
+        return statistics.median(seconds[3:])
 
     def cost(self) -> Cost:
         """What the attacker was billed, and what the teacher did in this process, evaluation included."""
@@ -174,22 +209,27 @@ class Provider:
 
     # --- from a query to an answer ------------------------------------------------------------------------------
 
-    def _clean(self, inputs: np.ndarray, keys: np.ndarray, rows: np.ndarray) -> Answers:
+    def _clean(self, teacher: Teacher, inputs: np.ndarray, keys: np.ndarray, rows: np.ndarray) -> Answers:
         def compute(missing: np.ndarray) -> np.ndarray:
-            values = self.teacher.predict(inputs[missing])
+            values = teacher.predict(inputs[missing])
             self.ledger.teacher_forwards += len(missing)
-            if self.teacher.output is Reveals.LOGITS:
+            if teacher.output is Reveals.LOGITS:
                 return finite(values, self.classes, "teacher", rows[missing])
             return distributions(values, self.classes, "teacher", rows[missing])
 
-        values = self._clean_answers.get_or_compute(keys, compute, self._forwards_at_once)
-        return Answers(softmax(values), values) if self.teacher.output is Reveals.LOGITS else Answers(values)
+        if (cache := self._clean_answers.get(teacher.fingerprint)) is None:
+            cache = self._clean_answers[teacher.fingerprint] = RowCache(self._cache / "answers" / teacher.fingerprint)
+        values = cache.get_or_compute(keys, compute, self._forwards_at_once)
+        return Answers(softmax(values), values) if teacher.output is Reveals.LOGITS else Answers(values)
+
+    def _perturb(self, clean: Answers, inputs: np.ndarray, keys: np.ndarray, repeats: np.ndarray) -> Answers:
+        rng = KeyedRandom(self._noise_seed, keys, repeats)
+        return self.defense.perturb(clean, self._query_info(inputs, keys), rng)
 
     def _defended(
         self, clean: Answers, inputs: np.ndarray, keys: np.ndarray, repeats: np.ndarray, rows: np.ndarray
     ) -> Answers:
-        rng = KeyedRandom(self._noise_seed, keys, repeats)
-        answers = self.defense.perturb(clean, self._query_info(inputs, keys), rng)
+        answers = self._perturb(clean, inputs, keys, repeats)
         posteriors = distributions(answers.posteriors, self.classes, "defense", rows)
         logits = answers.logits
         if self.profile.reveals is Reveals.LOGITS:

@@ -29,7 +29,8 @@ class MiniLLM(Plain):
 
     Departures: the paper also weights the single-step part by ρ_t, whose mean given y_<t is 1, so that it would add
     variance alone (the authors' code leaves it out as well); each draw is used for one step, where they take several;
-    there is no language-modelling loss on a pre-training corpus.
+    there is no language-modelling loss on a pre-training corpus. Their code (LMOps) also counts r_t itself, discounts
+    later ones by 0.95 and standardises R within a batch, which the equations do not; it is not done here.
 
     Each answer costs one query to be scored and, in the mean, α times its length to be drawn. The loss that is logged
     holds the surrogate of the second part, which is no divergence.
@@ -37,7 +38,7 @@ class MiniLLM(Plain):
     Args:
         teacher_share: α in [0, 1).
         clip: ε of ρ_t (proximal policy optimisation), or None.
-        reward_clip: Bound on |r_t|, or None.
+        reward_clip: Bound on |r_t|, or None. The authors' scripts bound 2 r_t by 100.
         length_normalised: Divide R_{t+1} by the number of tokens after t.
         max_tokens: Longest answer.
 
@@ -50,7 +51,7 @@ class MiniLLM(Plain):
         self,
         teacher_share: float = 0.2,
         clip: float | None = 0.2,
-        reward_clip: float | None = 10.0,
+        reward_clip: float | None = 50.0,
         length_normalised: bool = True,
         max_tokens: int = 256,
     ) -> None:

@@ -25,7 +25,8 @@ class RSKD:
     within |1 - exponent| · `step`: with exponent 1 they are exact.
 
     Args:
-        draws: How many draws a position gets, with replacement (50 draws list about 20 tokens of SmolLM2-135M's).
+        draws: How many draws a position gets, with replacement. 50 are those of the authors' talk at ACL, where they
+            list about 12 tokens; of SmolLM2-135M's distributions they list about 20.
         exponent: 1 draws from the teacher's distribution, 0 from the uniform one.
         step: How finely log-probabilities are told apart, in nats.
         seed: With the key of a position, all that its draws depend on.

@@ -1,12 +1,7 @@
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
-
-from distill.data import assets
+from distill.data.pools._words import check_lengths, nonsense, words_of
 from distill.data.pools.fitting import check_size
-from distill.errors import DistillError
 from distill.language import Prompts, Task
 from distill.randomness import generator
 
@@ -33,20 +28,14 @@ class RandomWordPrompts:
         min_words: int = 10,
         max_words: int = 60,
     ) -> None:
-        if not 1 <= min_words <= max_words:
-            raise DistillError(f"min_words ({min_words}) must be at least 1 and at most max_words ({max_words})")
+        check_lengths(min_words, max_words)
         self.path, self.size, self.seed = path, check_size(size), seed
-        self.min_words, self.max_words = min_words, max_words
+        self.lengths = min_words, max_words
 
     def load_prompts(self, task: Task) -> Prompts:
         """Raises `MissingAsset` without the text, `DistillError` when it is not UTF-8 or has fewer than two words."""
-        words = self._words(task)
-        if len(set(words)) < 2:
-            raise DistillError(f"{len(set(words))} words make no prompts; state a longer text", "pool.path")
         rng = generator(self.seed, "pool", "random_word_prompts")
-        ends = np.cumsum(rng.integers(self.min_words, self.max_words + 1, size=self.size))
-        drawn = np.array(words, dtype=object)[rng.integers(len(words), size=ends[-1])]
-        questions = [" ".join(part) for part in np.split(drawn, ends[:-1])]
+        questions = nonsense(self._words(task), self.size, self.lengths, rng)
         return Prompts.of_users(questions, name="random_word_prompts")
 
     def _words(self, task: Task) -> list[str]:
@@ -58,9 +47,4 @@ class RandomWordPrompts:
                 for message in prompts.messages(row)
                 for word in message["content"].split()
             ]
-        file = assets.find("a text", root=self.path, key="pool.path")
-        assert isinstance(file, Path)  # a stated path is used or refused
-        try:
-            return file.read_text(encoding="utf-8").split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DistillError(f"{file} can't be read as UTF-8 text ({error})", "pool.path") from error
+        return words_of(self.path, "a text")

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from distill.contracts import Defense
+from distill.contracts import Defense, NetworkDefense, StatefulDefense, Teacher, TensorDefense
 from distill.errors import DistillError
 from distill.randomness import KeyedRandom
-from distill.records import Answers, InterfaceProfile
+from distill.records import Answers, Dataset, InterfaceProfile
 
 
 class Chain:
@@ -16,7 +19,8 @@ class Chain:
 
     Threat model: that of its members. It exposes the poorest of what they expose, keeps the label and is deterministic
     if all of them do and are, and moves an answer by at most the sum of their budgets.
-    (n, classes) posteriors in and out. Each member draws its own noise.
+    (n, classes) posteriors in and out. Each member draws its own noise, remembers its own answers and has its own
+    networks; members that train the teacher differently do so in turn.
 
     Args:
         members: The defenses, in order.
@@ -32,6 +36,18 @@ class Chain:
         budgets = [member.l1_budget for member in members if member.l1_budget is not None]
         self.l1_budget = min(2.0, sum(budgets)) if len(budgets) == len(members) else None
 
+    @property
+    def fingerprint(self) -> str:
+        """Those of the members that have networks, in order."""
+        return "-".join(member.fingerprint for member in self.members if isinstance(member, NetworkDefense))
+
+    def prepare(self, teacher: Teacher, data: Dataset, trainer: Any, cache: Path, seed: int) -> Teacher:
+        """Each member gets the teacher that the one before it returned."""
+        for member in self.members:
+            if isinstance(member, NetworkDefense):
+                teacher = member.prepare(teacher, data, trainer, cache, seed)
+        return teacher
+
     def query_info(self, inputs: np.ndarray) -> np.ndarray | None:
         """(n, members + their columns): how many columns each member has, then those columns.
 
@@ -45,13 +61,37 @@ class Chain:
         return np.concatenate([widths, *columns], axis=1)
 
     def perturb(self, answers: Answers, info: np.ndarray | None, rng: KeyedRandom) -> Answers:
-        infos: list[np.ndarray | None] = [None] * len(self.members)
-        if info is not None and len(info):
-            ends = len(self.members) + np.cumsum(info[0, : len(self.members)].astype(int))
-            infos = [
-                info[:, start:end] if end > start else None
-                for start, end in zip([len(self.members), *ends[:-1]], ends, strict=True)
-            ]
-        for i, (member, known) in enumerate(zip(self.members, infos, strict=True)):
+        for i, (member, known) in enumerate(zip(self.members, self._cut(info), strict=True)):
             answers = member.perturb(answers, known, rng.child(str(i)))
         return answers
+
+    def transform(self, posteriors: torch.Tensor, info: torch.Tensor | None) -> torch.Tensor:
+        """Raises `DistillError` where a member has no formula in torch."""
+        for member, known in zip(self.members, self._cut(info), strict=True):
+            if not isinstance(member, TensorDefense):
+                raise DistillError(f"{type(member).__name__} cannot be trained through", "defense.members")
+            posteriors = member.transform(posteriors, known)
+        return posteriors
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What the members remember, each under its place in the chain."""
+        stateful = [(i, member) for i, member in enumerate(self.members) if isinstance(member, StatefulDefense)]
+        return {f"{i}/{name}": array for i, member in stateful for name, array in member.state().items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        for i, member in enumerate(self.members):
+            if isinstance(member, StatefulDefense):
+                own = f"{i}/"
+                member.restore({name.removeprefix(own): state[name] for name in state if name.startswith(own)})
+
+    def _cut(self, info: Any) -> list[Any]:
+        """What each member needs to know of the queries, out of an array or a tensor of `query_info`."""
+        if info is None or not len(info):
+            return [None] * len(self.members)
+        parts: list[Any] = []
+        start = len(self.members)
+        for width in info[0, : len(self.members)].tolist():
+            end = start + int(width)
+            parts.append(info[:, start:end] if width else None)
+            start = end
+        return parts

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
+from distill.provider.defenses._tensors import straight_through
 from distill.randomness import KeyedRandom
 from distill.records import Answers, InterfaceProfile, Reveals, one_hot
 
@@ -25,3 +27,7 @@ class LabelOnly:
 
     def perturb(self, answers: Answers, info: np.ndarray | None, rng: KeyedRandom) -> Answers:
         return Answers(one_hot(answers.labels, answers.classes))
+
+    def transform(self, posteriors: torch.Tensor, info: torch.Tensor | None) -> torch.Tensor:
+        label = torch.nn.functional.one_hot(posteriors.argmax(dim=1), posteriors.shape[1])
+        return straight_through(label, posteriors)

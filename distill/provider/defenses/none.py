@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from distill.randomness import KeyedRandom
 from distill.records import Answers, InterfaceProfile, Reveals
+
+if TYPE_CHECKING:
+    import torch
 
 
 class NoDefense:
@@ -22,3 +27,6 @@ class NoDefense:
 
     def perturb(self, answers: Answers, info: np.ndarray | None, rng: KeyedRandom) -> Answers:
         return answers
+
+    def transform(self, posteriors: torch.Tensor, info: torch.Tensor | None) -> torch.Tensor:
+        return posteriors

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from distill.errors import DistillError
+from distill.provider.defenses._tensors import straight_through, through
 from distill.randomness import KeyedRandom
-from distill.records import Answers, InterfaceProfile, Reveals, keep_label
+from distill.records import Answers, InterfaceProfile, Reveals
 
 
 class Rounding:
@@ -35,7 +37,12 @@ class Rounding:
         return None
 
     def perturb(self, answers: Answers, info: np.ndarray | None, rng: KeyedRandom) -> Answers:
-        rounded = np.round(answers.posteriors.astype(np.float64), self.decimals)
-        rounded[rounded.sum(axis=1) == 0] = 1.0
-        rounded /= rounded.sum(axis=1, keepdims=True)
-        return Answers(keep_label(rounded.astype(np.float32), answers.labels))
+        return through(self.transform, answers, info, self.keeps_argmax)
+
+    def transform(self, posteriors: torch.Tensor, info: torch.Tensor | None) -> torch.Tensor:
+        rounded = posteriors.round(decimals=self.decimals)
+        rounded = torch.where(rounded.sum(dim=1, keepdim=True) == 0, 1.0, rounded)
+        rounded = rounded / rounded.sum(dim=1, keepdim=True)
+        label, first = posteriors.argmax(dim=1, keepdim=True), rounded.argmax(dim=1, keepdim=True)
+        ahead = rounded.scatter(1, label, rounded.gather(1, first) * (1 + 2**-24))
+        return straight_through(torch.where(first == label, rounded, ahead), posteriors)

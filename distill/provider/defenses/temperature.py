@@ -3,10 +3,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 
 from distill.errors import DistillError
+from distill.provider.defenses._tensors import through
 from distill.randomness import KeyedRandom
-from distill.records import Answers, InterfaceProfile, Reveals, keep_label
+from distill.records import Answers, InterfaceProfile, Reveals
 
 
 class Temperature:
@@ -36,8 +38,12 @@ class Temperature:
         return None
 
     def perturb(self, answers: Answers, info: np.ndarray | None, rng: KeyedRandom) -> Answers:
-        posteriors = answers.posteriors.astype(np.float64)
-        # Relative to the largest entry, so that no temperature overflows; the power of 0 is 0.
-        scaled = (posteriors / posteriors.max(axis=1, keepdims=True)) ** (1.0 / self.temperature)
-        scaled /= scaled.sum(axis=1, keepdims=True)
-        return Answers(keep_label(scaled.astype(np.float32), answers.labels))
+        return through(self.transform, answers, info, self.keeps_argmax)
+
+    def transform(self, posteriors: torch.Tensor, info: torch.Tensor | None) -> torch.Tensor:
+        positive = posteriors > 0
+        logs = torch.where(positive, posteriors, 1.0).log() / self.temperature
+        # Relative to the largest entry, so that no temperature overflows.
+        largest = torch.where(positive, logs, -torch.inf).amax(dim=1, keepdim=True).detach()
+        scaled = torch.where(positive, (logs - largest).clamp(max=0).exp(), 0.0)
+        return scaled / scaled.sum(dim=1, keepdim=True)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from distill.errors import DistillError
+from distill.provider.defenses._tensors import straight_through
 from distill.randomness import KeyedRandom
 from distill.records import Answers, InterfaceProfile, Reveals, keep_label, keep_top_k
 
@@ -35,7 +37,16 @@ class TopK:
         return None
 
     def perturb(self, answers: Answers, info: np.ndarray | None, rng: KeyedRandom) -> Answers:
-        if self.k > answers.classes:
-            raise DistillError(f"must be at most {answers.classes}, the number of classes, not {self.k}", "defense.k")
+        self._check(answers.classes)
         # Dividing can make equal what differed by one float32 step.
         return Answers(keep_label(keep_top_k(answers.posteriors, self.k), answers.labels))
+
+    def transform(self, posteriors: torch.Tensor, info: torch.Tensor | None) -> torch.Tensor:
+        self._check(posteriors.shape[1])
+        order = posteriors.argsort(dim=1, descending=True, stable=True)
+        kept = posteriors.scatter(1, order[:, self.k :], 0.0)
+        return straight_through(kept / kept.sum(dim=1, keepdim=True), posteriors)
+
+    def _check(self, classes: int) -> None:
+        if self.k > classes:
+            raise DistillError(f"must be at most {classes}, the number of classes, not {self.k}", "defense.k")

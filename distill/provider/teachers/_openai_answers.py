@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,29 @@ def read(
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise BadAnswer(f"it is no completion ({type(error).__name__}: {error})".replace(": )", ")")) from None
     return Completions(texts([text]), texts([finish]), *spent, **tokens)
+
+
+def with_end(answer: Completions, end: int, special: Collection[int]) -> Completions:
+    """One answer that ended, with the token that ended it, which most APIs leave out: as certain, since no more is told.
+
+    Args:
+        answer: The answer; unchanged where it tells no tokens or ends with one of `special`.
+        end: The token that ends an answer.
+        special: The tokens that are no text.
+    """
+    tokens, logprobs, ids, values = answer.token_ids, answer.logprobs, answer.top_ids, answer.top_logprobs
+    if tokens is None or logprobs is None or ids is None or values is None or (len(tokens) and tokens[-1] in special):
+        return answer
+    alone = np.full((1, answer.top_k), -1, np.int32), np.full((1, answer.top_k), -np.inf, np.float32)
+    alone[0][0, 0], alone[1][0, 0] = end, 0.0
+    return replace(
+        answer,
+        offsets=np.array([0, len(tokens) + 1], dtype=np.int64),
+        token_ids=np.append(tokens, np.int32(end)),
+        logprobs=np.append(logprobs, np.float32(0)),
+        top_ids=np.concatenate([ids, alone[0]]),
+        top_logprobs=np.concatenate([values, alone[1]]),
+    )
 
 
 def _entries(told: Any) -> list[dict[str, Any]] | None:

@@ -18,7 +18,8 @@ import numpy as np
 
 from distill.errors import BadAnswer, DistillError, MissingAsset, nearest
 from distill.language import Completions, Prompts, Sampling, Task
-from distill.provider.teachers._openai_answers import TokenNames, read
+from distill.packing import end_of_answer
+from distill.provider.teachers._openai_answers import TokenNames, read, with_end
 from distill.provider.teachers._purse import Purse
 from distill.provider.teachers._remote import (
     address,
@@ -62,7 +63,8 @@ class OpenAI:
     from the notes first. Notes are dropped when the call after the one that returned them begins.
 
     Log-probabilities are what the API says they are (vLLM: ask the server for ``--logprobs-mode raw_logprobs`` or
-    ``processed_logprobs``). An API that leaves out the end-of-answer token leaves it out here too.
+    ``processed_logprobs``). Most APIs leave out the end-of-answer token. With a `tokenizer` it is put back, as a position
+    that lists this token alone, as certain: that it was drawn is all that is known of it.
 
     An API can't prove which weights answer. The `model` and `system_fingerprint` of the first answer are kept with the
     cache, and an answer of another one is an error, in this run or a later one.
@@ -229,7 +231,10 @@ class OpenAI:
                 f"{self._where} tells at most {self.top_k} log-probabilities, not {top_k} (teacher.top_k={self.top_k})",
                 "access.top_k",
             )
-        requests = [self._request(prompts, sampling, int(repeat), top_k, row) for row, repeat in enumerate(repeats)]
+        end = end_of_answer(self.tokenizer, prompts.chat) if top_k and self.tokenizer is not None else None
+        requests = [
+            self._request(prompts, sampling, int(repeat), top_k, row, end) for row, repeat in enumerate(repeats)
+        ]
         for note in self._stale:  # the caller has stored what the call before this one returned
             note.unlink(missing_ok=True)
         self._stale = []
@@ -266,7 +271,9 @@ class OpenAI:
             )
         return tokens
 
-    def _request(self, prompts: Prompts, sampling: Sampling, repeat: int, top_k: int, row: int) -> _Request:
+    def _request(
+        self, prompts: Prompts, sampling: Sampling, repeat: int, top_k: int, row: int, end: int | None
+    ) -> _Request:
         longest = (self._count(prompts, sampling, row), sampling.max_tokens)
         body: dict[str, Any] = {"model": self.model, "temperature": sampling.temperature}
         if prompts.chat:
@@ -282,7 +289,7 @@ class OpenAI:
         if top_k:
             body |= {"logprobs": True, "top_logprobs": top_k} if prompts.chat else {"logprobs": top_k}
         key = _hash(f"{self.fingerprint} {json.dumps(body, sort_keys=True)}")
-        return _Request(body, prompts.chat, top_k, sampling.stop, longest, key, self._folder / f"{key}.json")
+        return _Request(body, prompts.chat, top_k, sampling.stop, end, longest, key, self._folder / f"{key}.json")
 
     # --- the server -----------------------------------------------------------------------------------------------
 
@@ -358,8 +365,7 @@ class OpenAI:
             return None
         if self._other(answer):
             return None
-        self._check_top_k(completion, request)
-        return completion
+        return self._whole(completion, request)
 
     async def _ask(self, round_: _Round, request: _Request) -> Completions:
         """Ask, note, and only then find fault with who answered and how much was told."""
@@ -389,8 +395,7 @@ class OpenAI:
                 + (", or teacher.same_system=false takes both" if other == "system_fingerprint" else ""),
                 "teacher.model",
             )
-        self._check_top_k(completion, request)
-        return completion
+        return self._whole(completion, request)
 
     def _read(self, answer: Any, request: _Request) -> Completions:
         try:
@@ -412,15 +417,18 @@ class OpenAI:
         names = SERVED if self.same_system else SERVED[:1]
         return next((name for name in names if answer.get(name) != served[name]), "")
 
-    def _check_top_k(self, completion: Completions, request: _Request) -> None:
-        """Raises `DistillError` where an answer tells fewer log-probabilities than were asked for."""
+    def _whole(self, completion: Completions, request: _Request) -> Completions:
+        """The answer with its end. Raises `DistillError` where it tells fewer log-probabilities than were asked for."""
         if not request.top_k:
-            return
+            return completion
         told = completion.top_logprobs
         granted = 0 if told is None else int(np.isfinite(told).sum(axis=1).max(initial=0))
         empty = told is not None and not len(told)
         if granted < request.top_k and not empty:
             raise self._grants(granted, request.top_k)
+        if request.end is None or completion.finish[0] != "stop":
+            return completion
+        return with_end(completion, request.end, self.tokenizer.all_special_ids)
 
     def _grants(self, granted: int, wanted: int) -> DistillError:
         remedy = f"set access.top_k={granted}" if granted else "let the profile reveal text alone"
@@ -435,12 +443,14 @@ class OpenAI:
 
 @dataclass(frozen=True)
 class _Request:
-    """One request: what is sent, what is wanted of the answer, its tokens at their most, and where it is noted."""
+    """One request: what is sent, what is wanted of the answer, the token that ends one where that is known, the tokens
+    of both at their most, and where it is noted."""
 
     body: dict[str, Any]
     chat: bool
     top_k: int
     stop: tuple[str, ...]
+    end: int | None
     longest: tuple[int, int]
     key: str
     note: Path

@@ -16,10 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from distill.config import digest
 from distill.decoding import padded
 from distill.errors import DistillError
+from distill.kept import find, held
 from distill.language import Prompts, Sampling, Task
-from distill.provider.teachers.trained import find_trained, held
+from distill.language_training import Computed
 from distill.randomness import derive
-from distill.records import Reveals, file_hash
+from distill.records import file_hash
 from distill.speaker import CausalLM
 from distill.training import Recipe, TensorFeatures, Trainer
 
@@ -107,9 +108,9 @@ class TinyCoT(CausalLM):
             "train": task.train.fingerprint,
         }
         folder = cache / "teachers" / f"tiny_cot-{digest(facts, length=16)}"
-        with held(folder) if trainer.is_main else contextlib.nullcontext():
+        with held(folder, "teacher") if trainer.is_main else contextlib.nullcontext():
             # All ranks must do the same, so one looks. The others hold no lock: this one does until all are done.
-            if trainer.broadcast(find_trained(folder) if trainer.is_main else None) is None:
+            if trainer.broadcast(find(folder, "teacher.json", "teacher") if trainer.is_main else None) is None:
                 self._train(task.train, trainer, facts, folder)
             else:
                 log.info("the teacher is the one trained before: %s", folder)
@@ -126,12 +127,12 @@ class TinyCoT(CausalLM):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive(self.seed, "teacher"))
             model = LlamaForCausalLM(self._config)
-        features, tokens = self._lessons(lessons)
+        features, positions = self._lessons(lessons)
         history = trainer.fit(
             _Lessons(model),
             features,
-            {"tokens": tokens},
-            _Returned(),
+            {"positions": positions},
+            Computed(),
             self.recipe,
             seed=derive(self.seed, "teacher"),
             name="teacher",
@@ -184,21 +185,6 @@ class _Lessons(torch.nn.Module):
             labels.append(some[:, 1:][learnt])
         logits = self.model.lm_head(torch.cat(hidden)).float()
         return torch.nn.functional.cross_entropy(logits, torch.cat(labels), reduction="sum")
-
-
-class _Returned:
-    """The loss that the module has computed."""
-
-    requires: Reveals = Reveals.LABEL
-
-    def prepare(self, transfer_set: Any) -> Mapping[str, torch.Tensor]:
-        raise NotImplementedError  # a teacher learns from references, not from answers
-
-    def loss(self, output: torch.Tensor, targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return output
-
-    def positions(self, targets: Mapping[str, torch.Tensor]) -> int:
-        return int(targets["tokens"].sum())
 
 
 def _characters(lessons: Prompts) -> PreTrainedTokenizerFast:
