@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from safetensors.torch import load_model, save_model
 
 from distill import transfer
@@ -21,9 +22,11 @@ from distill.contracts import (
     Defense,
     Knowledge,
     Lesson,
+    Loss,
     Metric,
     NetworkDefense,
     Objective,
+    Predictor,
     Recovery,
     StatefulDefense,
     Student,
@@ -32,6 +35,7 @@ from distill.contracts import (
     of_language,
 )
 from distill.errors import DistillError
+from distill.kept import train_once, weights_hash
 from distill.launch import write_atomically
 from distill.provider.ledger import Ledger
 from distill.provider.oracle import serve
@@ -104,14 +108,15 @@ class TrainedStudent:
 class StandIn:
     """A student in its teacher's place, for an attacker who plays the provider with a defense whose code it knows."""
 
-    student: TrainedStudent
+    students: StudentTrainer
+    student: Predictor
+    fingerprint: str
     output: Reveals = Reveals.LOGITS
     usd_per_query: float = 0.0
     remote: bool = False
     rows_at_once: int = ROWS_AT_ONCE
     parameters: int | None = None
     flops_per_query: float | None = None
-    fingerprint: str = "a student"
 
     def prepare(self, data: Dataset, trainer: Any, cache: Path) -> None:
         """It is trained already."""
@@ -122,6 +127,27 @@ class StandIn:
 
     def latency_s(self, one: np.ndarray) -> float | None:
         return None
+
+    def retrained(
+        self, objective: Loss, inputs: Inputs, targets: Mapping[str, torch.Tensor], name: str, cache: Path
+    ) -> StandIn:
+        """The student's architecture and recipe with another loss (`distill.contracts.TrainableTeacher`)."""
+        own = self.students
+        network = train_once(
+            own.student,
+            own.spec,
+            len(own.class_names),
+            inputs,
+            targets,
+            objective,
+            own.recipe,
+            trainer=own.trainer,
+            cache=cache,
+            seed=own.seed,
+            name=name,
+            key="student",
+        )
+        return StandIn(own, network, network.fingerprint)
 
 
 @dataclass
@@ -222,7 +248,8 @@ class StudentTrainer:
             asked = Examples(transfer_set.inputs(pool), self.spec, labels, self.class_names, "the attacker's queries")
             data = Dataset(asked.name, self.spec, self.class_names, asked, asked.take(np.arange(0)), pool)
             student = self.fit(replace(transfer_set, targets=transfer_set.posteriors), pool, "stand-in")
-            copied.prepare(StandIn(student), data, self.trainer, cache_dir(), derive(self.seed, "copy of the defense"))
+            stand_in = StandIn(self, student, weights_hash(student.module))
+            copied.prepare(stand_in, data, self.trainer, cache_dir(), derive(self.seed, "copy of the defense"))
         return copied
 
 

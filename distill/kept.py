@@ -196,6 +196,15 @@ def describe(architecture: Student, key: str) -> dict[str, Any]:
     return {"class": name, **options}
 
 
+def weights_hash(module: torch.nn.Module) -> str:
+    """32 hexadecimal digits of all parameters and buffers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _options(objective: Loss) -> dict[str, Any]:
     kind = type(objective)
     plain = {name: value for name, value in vars(objective).items() if isinstance(value, (bool, int, float, str))}

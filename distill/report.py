@@ -127,6 +127,8 @@ def comparison(runs: dict[Path, Result]) -> Table:
         table.add_column(title, justify="right")
     ratios = recovery_ratios(results)
     shares = list(dict.fromkeys(title for row in ratios for title in row))
+    if all(r.choices["defense"] == "none" for r in results):  # 1 by definition
+        shares = [title for title in shares if title != "recovery ratio"]
     for title in shares:
         table.add_column(title, justify="right")
     table.add_column("run")

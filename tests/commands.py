@@ -25,7 +25,8 @@ from distill.train import main
 PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 if sys.platform == "linux":
     entry_points = [f"distill.{name}" for name in ("train", "query", "evaluate", "report", "experiment")]
-    heavy = ["torch._dynamo", "datasets", "pandas", "sklearn.datasets", "transformers.models.llama.modeling_llama"]
+    heavy = ["torch._dynamo", "datasets", "pandas", "sklearn.datasets", "tabulate", "rouge_score.rouge_scorer"]
+    heavy += ["transformers.models.llama.modeling_llama", "distill.language_experiment"]
     PROCESSES.set_forkserver_preload(["pytest", *entry_points, *heavy])
 
 

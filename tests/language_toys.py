@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -101,9 +100,10 @@ def asked_in_all(tally: Path) -> int:
     return sum(map(int, tally.read_text().split())) if tally.exists() else 0
 
 
-if __name__ == "__main__":
-    folder, prompts = Path(sys.argv[1]), questions(40)
-    slow = Parrot(tally=folder / "tally", seconds_per_call=float(sys.argv[2]), requests_at_once=1)
+def query_stage(folder: Path, seconds_per_call: float) -> None:
+    """What a test runs in a process of its own and kills."""
+    prompts = questions(40)
+    slow = Parrot(tally=folder / "tally", seconds_per_call=seconds_per_call, requests_at_once=1)
     with serve_text(a_text_provider(folder / "cache", slow)) as oracle:
         for start in range(0, 40, 8):
             oracle.ask(prompts.take(slice(start, start + 8)))

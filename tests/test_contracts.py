@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from toys import SPEC, a_pool, a_provider
 
 from distill import contracts
+from distill.attacks._repeats import Repeats
 from distill.config import CONFIG_DIR, build, locate
 from distill.errors import DistillError
 from distill.experiment import Experiment, make_trainer
@@ -37,7 +38,8 @@ def options(group: str, language: bool = False) -> list[str]:
 
 
 def made(group: str, option: str) -> Any:
-    return build(yaml.safe_load((CONFIG_DIR / group / f"{option}.yaml").read_text()), group)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        return build(compose(f"{group}/{option}")[group], group)
 
 
 def members(protocol: type) -> set[str]:
@@ -67,15 +69,24 @@ def extracted(attack: Any, tmp_path: Path, pool: Examples, queries: int, **chang
         return attack.extract(oracle, pool, Still(), 0), provider
 
 
+def answers_to_each(attack: Any) -> int:
+    """How often an attack asks each query: it spends the largest multiple of it."""
+    return attack.times if isinstance(attack, Repeats) else 1
+
+
 @pytest.mark.parametrize("option", options("attack"))
 @pytest.mark.parametrize("queries", [1, CLASSES, 30, 31])
 def test_an_attack_spends_what_it_may_and_no_more(option: str, queries: int, tmp_path: Path) -> None:
     attack = made("attack", option)
     assert members(contracts.Attack) <= set(dir(attack))
-    pool = labelled(30)
+    pool, times = labelled(30), answers_to_each(attack)
+    if queries < times:
+        with pytest.raises(DistillError, match=f"budget: pays for {queries} answers, but every query takes {times}"):
+            extracted(attack, tmp_path, pool, queries)
+        return
     transfer_set, provider = extracted(attack, tmp_path, pool, queries)
-    assert provider.cost().queries == (min(queries, 30) if attack.uses_teacher else 0)
-    assert len(transfer_set) == min(queries, 30)
+    assert len(transfer_set) == min(queries // times, 30) * times
+    assert provider.cost().queries == (len(transfer_set) if attack.uses_teacher else 0)
     assert transfer_set.pool == pool.fingerprint
     assert transfer_set.posteriors.shape == (len(transfer_set), CLASSES)
     np.testing.assert_allclose(transfer_set.posteriors.sum(axis=1), 1, atol=1e-5)
@@ -89,7 +100,7 @@ def test_an_attack_works_with_what_it_says_it_requires(option: str, tmp_path: Pa
     attack = made("attack", option)
     top_k = 2 if attack.requires is Reveals.TOP_K else None
     transfer_set, _ = extracted(attack, tmp_path, labelled(20), 10, access=InterfaceProfile(attack.requires, top_k))
-    assert len(transfer_set) == 10
+    assert len(transfer_set) == 10 // answers_to_each(attack) * answers_to_each(attack)
 
 
 def test_controls_take_the_very_rows_that_the_random_attack_asks_about(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def write_csv(path: Path, header: str, *lines: str) -> str:
 
 def png(pixels: np.ndarray) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "png", compress_level=1)
+    Image.fromarray(pixels).save(stream, "png", compress_level=0)
     return stream.getvalue()
 
 

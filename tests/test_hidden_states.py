@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,18 @@ def test_a_teacher_gives_the_hidden_states_of_its_layers() -> None:
 def test_projections_are_learnt_with_the_student_and_left_behind(tmp_path: Path, monkeypatch: Any) -> None:
     made = []
     between = HiddenStates.between
-    monkeypatch.setattr(HiddenStates, "between", lambda *words: made.append(between(*words)) or made[-1])
+
+    def seen(*words: Any) -> HiddenStates:
+        objective = between(*words)
+        made.extend([objective, copy.deepcopy(objective)])
+        return objective
+
+    monkeypatch.setattr(HiddenStates, "between", seen)
     run = trained(recipe={"epochs": 6})
-    again = between(HiddenStates(TokenForwardKL()), run.network, TEACHER)
-    (objective,) = made
-    assert [tuple(matrix.shape) for matrix in objective.projections] == [(32, 16), (32, 16)]
+    objective, fresh = made
+    assert [tuple(matrix.shape) for matrix in fresh.projections] == [(32, 16), (32, 16)]
+    for matrix, before in zip(objective.projections, fresh.projections, strict=True):
+        assert (matrix - before).abs().mean() > 1e-3
     assert run.history["layers"] == [[1, 2], [2, 4]]
     untrained = build_language(STUDENT, TOKENIZER, 0)
     assert run.history["parameters"]["all"] == untrained.num_parameters()
@@ -145,7 +153,7 @@ def test_projections_are_learnt_with_the_student_and_left_behind(tmp_path: Path,
             )
         return float(both - first)
 
-    assert distance(run.network, objective) < 0.9 * distance(untrained, again)
+    assert distance(run.network, objective) < 0.9 * distance(untrained, fresh)
     run.network.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert set(loaded.state_dict()) == set(untrained.state_dict())
@@ -233,7 +241,7 @@ def test_bad_input_is_one_line(words: list[str], says: str, tmp_path: Path, monk
 
 
 def test_other_refusals_are_one_line() -> None:
-    for tokens in (RSKD(), HiddenStates(SequenceKD()), KL()):
+    for tokens in (RSKD(), HiddenStates(SequenceKD()), KL(), "token_jsd"):
         with pytest.raises(ValueError, match="tokens is sequence_kd, token_forward_kl or the like, not"):
             HiddenStates(tokens)
     for options, says in (

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import language_toys
 import numpy as np
 import pytest
 import test_one_door
+from commands import Running
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from language_toys import SAMPLING, Parrot, a_text_provider, asked_in_all, questions
+from language_toys import SAMPLING, Parrot, a_text_provider, asked_in_all, query_stage, questions
 from toys import flip_a_bit
 
 from distill.errors import BadAnswer, BudgetExceeded, DistillError
@@ -214,18 +211,16 @@ def test_a_failure_keeps_what_was_answered_before_it(tmp_path: Path) -> None:
 
 
 def test_killed_at_random_moments_nothing_is_asked_twice(tmp_path: Path) -> None:
-    script, rng = language_toys.__file__, random.Random(0)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(script).parent), *sys.path])}
-    command = [sys.executable, script, str(tmp_path), "0.01"]
+    rng = random.Random(0)
     for _ in range(4):
-        process = subprocess.Popen(command, env=environment)
+        running = Running(query_stage, tmp_path, 0.01, cwd=tmp_path)
         deadline = time.monotonic() + 60
         goal = asked_in_all(tmp_path / "tally") + rng.randint(1, 9)
-        while asked_in_all(tmp_path / "tally") < goal and process.poll() is None and time.monotonic() < deadline:
+        while asked_in_all(tmp_path / "tally") < goal and running.process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.002)
-        process.kill()
-        process.wait()
-    subprocess.run(command, env=environment, check=True, timeout=120)
+        running.process.kill()
+        running.end()
+    assert Running(query_stage, tmp_path, 0.01, cwd=tmp_path).end().returncode == 0
     # A kill between an answer and its storing loses that one; each of the four kills can do so once.
     assert 40 <= asked_in_all(tmp_path / "tally") <= 44
     teacher = Parrot()
@@ -234,10 +229,8 @@ def test_killed_at_random_moments_nothing_is_asked_twice(tmp_path: Path) -> None
 
 
 def test_two_processes_make_each_request_once(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(language_toys.__file__).parent), *sys.path])}
-    command = [sys.executable, language_toys.__file__, str(tmp_path), "0.005"]
-    for process in [subprocess.Popen(command, env=environment) for _ in range(2)]:
-        assert process.wait(timeout=120) == 0
+    for running in [Running(query_stage, tmp_path, 0.005, cwd=tmp_path) for _ in range(2)]:
+        assert running.end().returncode == 0
     assert asked_in_all(tmp_path / "tally") == 40
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 import yaml
 from assets import need
+from commands import Running
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
@@ -43,7 +42,7 @@ from distill.provider.teachers.smollm2 import SmolLM2
 from distill.provider.teachers.tiny_cot import TinyCoT
 from distill.randomness import KeyedRandom
 from distill.speaker import CausalLM
-from distill.training import Recipe, Trainer
+from distill.training import Recipe, Trainer, _Checkpoints
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -495,25 +494,23 @@ def test_tiny_cot_learns_the_form_of_the_answers_and_is_trained_once(tmp_path: P
     assert as_folder.fingerprint == first.fingerprint, "what is kept is a model like any other"
 
 
+def train_until_a_checkpoint(cache: Path) -> None:
+    save = _Checkpoints.save
+
+    def save_and_die(self: _Checkpoints, state: dict[str, Any]) -> None:
+        save(self, state)
+        if state["progress"]["step"] == 10:
+            os._exit(9)
+
+    _Checkpoints.save = save_and_die  # type: ignore[method-assign]
+    small(max_steps=20, log_steps=1).prepare(a_small_task(), a_trainer(), cache)
+
+
 def test_tiny_cot_that_was_killed_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     task = a_small_task()
     whole = small(max_steps=20, log_steps=1)
     whole.prepare(task, a_trainer(), tmp_path / "whole")
-    script = f"""
-import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
-from distill.training import _Checkpoints
-from test_language_teachers import a_small_task, a_trainer, small
-save = _Checkpoints.save
-def save_and_die(self, state):
-    save(self, state)
-    if state["progress"]["step"] == 10:
-        os._exit(9)
-_Checkpoints.save = save_and_die
-small(max_steps=20, log_steps=1).prepare(a_small_task(), a_trainer(), Path({str(tmp_path / "cut")!r}))
-"""
-    killed = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True)
+    killed = Running(train_until_a_checkpoint, tmp_path / "cut", cwd=tmp_path).end()
     assert killed.returncode == 9, killed.stderr
     logged: list[int] = []
     cut = small(max_steps=20, log_steps=1)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from test_defenses import posteriors
 
+from distill.config import cache_dir
 from distill.contracts import NetworkDefense, Teacher, TensorDefense
 from distill.data.digits import Digits
 from distill.data.pools.noise import Noise
@@ -87,8 +88,8 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("cache"))
+def bench() -> Bench:
+    return Bench(cache_dir())
 
 
 def returned(defense: Any, clean: np.ndarray, info: np.ndarray | None) -> np.ndarray:

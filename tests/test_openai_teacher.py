@@ -33,7 +33,7 @@ from distill.provider.teachers._openai_answers import TokenNames
 from distill.provider.teachers.openai import OpenAI
 from distill.records import Budget, InterfaceProfile, Reveals
 
-pytest.importorskip("openai", reason="pip install 'distill-framework[openai]'")
+pytest.importorskip("openai", reason="pip install 'distill-framework[text]'")
 
 NONE = Prompts(texts([]))
 TASK = Task("toy", NONE, NONE, NONE)
@@ -488,7 +488,7 @@ def test_key_missing(server, tmp_path, monkeypatch):
 
 def test_client_missing(server, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(DistillError, match=r"pip install 'distill-framework\[openai\]'"):
+    with pytest.raises(DistillError, match=r"pip install 'distill-framework\[text\]'"):
         ready(tmp_path, server.url)
 
 
@@ -709,7 +709,7 @@ def test_the_end_of_an_answer_is_told_once(server, tmp_path, tiny):
     a = entry("a", -1.0, top_logprobs=[entry("a", -1.0)])
     ended = entry("<|im_end|>", -0.1, top_logprobs=[entry("<|im_end|>", -0.1)])
     assert tokens([a, ended], "stop", Prompts.of_users(["vLLM tells it"])) == [number, end]
-    assert tokens([a], "stop", Prompts.of_users(["most leave it out"])) == [number, end]
+    assert tokens([a], "stop", Prompts.of_users(["some leave it out"])) == [number, end]
     assert tokens([a], "stop", Prompts(texts(["plain text ends too"]), chat=False)) == [number, end]
     assert tokens([], "stop", Prompts.of_users(["an answer of nothing"])) == [end]
     assert tokens([a], "length", Prompts.of_users(["a cut answer has no end"])) == [number]
@@ -776,6 +776,10 @@ def test_token_names(tiny):
     assert names.number({"token": "<|im_end|>"}) == 1
     assert names.number({"token": "token_id:300"}) == 300
     assert names.number({"token": "never"}) == -1
+    unnamed = np.array([gpt2.encode("n")[0], -1, -1], np.int32)  # é, as llama.cpp names its two halves
+    assert names.filled(unnamed, "né").tolist() == gpt2.encode("né")
+    assert names.filled(unnamed, "mé").tolist() == unnamed.tolist()
+    assert names.filled(unnamed, "nés").tolist() == unnamed.tolist()
     core = Tokenizer(models.BPE(vocab={"▁hi": 0, "<0xE2>": 1, "hi": 2, "▁": 3, "h": 4, "i": 5}, merges=[]))
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     names = TokenNames(PreTrainedTokenizerFast(tokenizer_object=core))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import toys
+from commands import Running
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toys import ToyTeacher, a_pool, a_provider, collect, flip_a_bit, query_stage, tables, tallied, truncate
@@ -210,10 +208,14 @@ def test_a_closed_oracle_says_so(tmp_path: Path) -> None:
 
 def test_ctrl_c_reaches_an_attack_that_waits_for_a_slow_teacher(tmp_path: Path) -> None:
     provider = a_provider(tmp_path, ToyTeacher(seconds_per_call=1.0))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
     threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
     started = time.perf_counter()
-    with pytest.raises(KeyboardInterrupt), serve(provider) as oracle:
-        oracle.ask(Queries.made(tables(ToyTeacher().rows_at_once * 2)))
+    try:
+        with pytest.raises(KeyboardInterrupt), serve(provider) as oracle:
+            oracle.ask(Queries.made(tables(ToyTeacher().rows_at_once * 2)))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.perf_counter() - started < 4
 
 
@@ -424,37 +426,30 @@ def test_the_log_of_another_provider_is_not_used(tmp_path: Path, caplog: pytest.
 ROWS, STEP = 1_200, 50
 
 
-def _stage(folder: Path, remote: bool) -> subprocess.Popen[bytes]:
+def _stage(folder: Path, remote: bool, seconds_per_call: float = 0.002) -> Running:
     folder.mkdir(exist_ok=True)
-    words = [toys.__file__, str(folder), str(ROWS), str(STEP), "remote" if remote else "local", "0.002"]
-    return subprocess.Popen(
-        [sys.executable, *words],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        stderr=subprocess.PIPE,
-    )
+    return Running(query_stage, folder, ROWS, STEP, remote, seconds_per_call, cwd=folder)
 
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(tmp_path: Path, remote: bool) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
-    query_stage(whole, ROWS, STEP, remote, 0.0)
+    assert _stage(whole, remote, 0.0).end().returncode == 0
     dice = random.Random(4)
     kills = 0
     # The moment is drawn in work done, not in seconds: a busy machine would be killed before it began.
     goals = sorted(dice.randrange(1, tallied(whole / "tally")) for _ in range(6))
     for goal in goals:
-        process = _stage(killed, remote)
-        while process.poll() is None and tallied(killed / "tally") < goal:
+        running = _stage(killed, remote)
+        while running.process.is_alive() and tallied(killed / "tally") < goal:
             time.sleep(0.001)
         time.sleep(dice.random() * 0.01)
-        process.kill()
-        _, complaint = process.communicate()
-        assert b"Traceback" not in complaint
-        kills += process.returncode == -signal.SIGKILL
-    last = _stage(killed, remote)
-    _, complaint = last.communicate()
-    assert (last.returncode, complaint) == (0, b"")
+        running.process.kill()
+        done = running.end()
+        assert "Traceback" not in done.stderr
+        kills += done.returncode == -signal.SIGKILL
+    last = _stage(killed, remote).end()
+    assert (last.returncode, last.stderr) == (0, "")
     assert kills >= 4
     names = {path.name for path in (whole / "transfer_set").iterdir()}
     assert {path.name for path in (killed / "transfer_set").iterdir()} == names

@@ -101,6 +101,7 @@ def test_the_table_shows_ratios_where_there_are_some(tmp_path: Path, capsys: pyt
         return [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
 
     assert "ratio" not in shown(finished(0.5, defense="rounding"))[0]
+    assert "ratio" not in shown(finished(0.875))[0], "of a run without a defense it is 1"
     lines = shown(finished(0.875), finished(0.6875, defense="rounding"), truth(0.3125))
     assert lines[0][-5:] == ["recovery", "ratio", "ground", "truth", "run"]
     assert [line[-3:] for line in lines[2:5]] == [

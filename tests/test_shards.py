@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import Running
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import flip_a_bit, tables, tallied, truncate
+from toys import ToyTeacher, flip_a_bit, tables, tallied, truncate
 
 from distill.errors import DistillError
 from distill.provider.cache import RowCache
@@ -171,26 +172,17 @@ def test_a_failing_computation_stores_nothing_of_its_chunk_and_frees_the_lock(tm
     assert len(cache.get_or_compute(content_keys(inputs), Counted(inputs), 4)) == 4
 
 
-_SHARE = """
-import sys
-from pathlib import Path
-import numpy as np
-from toys import ToyTeacher, tables
-from distill.provider.cache import RowCache
-from distill.records import content_keys
-folder, first = Path(sys.argv[1]), int(sys.argv[2])
-inputs = tables(400)[first : first + 300]
-teacher = ToyTeacher(tally=folder / "tally", seconds_per_call=0.005)
-values = RowCache(folder / "cache").get_or_compute(content_keys(inputs), lambda rows: teacher.predict(inputs[rows]), 7)
-assert (values == ToyTeacher().predict(inputs)).all()
-"""
+def share(folder: Path, first: int) -> None:
+    inputs = tables(400)[first : first + 300]
+    teacher = ToyTeacher(tally=folder / "tally", seconds_per_call=0.005)
+    cache = RowCache(folder / "cache")
+    values = cache.get_or_compute(content_keys(inputs), lambda rows: teacher.predict(inputs[rows]), 7)
+    assert (values == ToyTeacher().predict(inputs)).all()
 
 
 def test_two_processes_never_compute_the_same_row_twice(tmp_path: Path) -> None:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    script = [sys.executable, "-c", _SHARE, str(tmp_path)]
-    processes = [subprocess.Popen([*script, first], env=env) for first in ("0", "100", "50")]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+    running = [Running(share, tmp_path, first, cwd=tmp_path) for first in (0, 100, 50)]
+    assert [one.end().returncode for one in running] == [0, 0, 0]
     assert tallied(tmp_path / "tally") == 400
 
 

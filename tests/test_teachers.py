@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from assets import need
+from commands import Running
 from dense import RECIPE, Dense, dataset, digits
 
 from distill.config import CONFIG_DIR, build
@@ -738,18 +739,27 @@ def test_hf_wrong_kind(vit, cpu, tmp_path):
 # --- trained here ---------------------------------------------------------------------------------------------------
 
 
-def start_training(cache: Path, slow_s: float = 0.0, **environment: str) -> subprocess.Popen[str]:
-    """`dense.py` in a process of its own."""
+def start_rank(cache: Path, **environment: str) -> subprocess.Popen[str]:
+    """`dense.py` in an interpreter of its own, which reads its rank before anything else."""
     path = os.pathsep.join([str(ROOT), *sys.path])
-    env = os.environ | {"PYTHONPATH": path, "SLOW_S": str(slow_s), "OMP_NUM_THREADS": "1", **environment}
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, dense.__file__, str(cache)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+def start_training(cache: Path, slow_s: float = 0.0) -> Running:
+    return Running(dense.main, cache, cwd=cache, env={"SLOW_S": str(slow_s)})
+
+
+def finish(process: subprocess.Popen[str] | Running) -> tuple[str, str]:
     """(fingerprint, all that was said)"""
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    if isinstance(process, Running):
+        done = process.end()
+        returncode, said = done.returncode, done.stdout + done.stderr
+    else:
+        said, _ = process.communicate(timeout=120)
+        returncode = process.returncode
+    assert returncode == 0, said
     return said.partition("FINGERPRINT ")[2].split()[0], said
 
 
@@ -822,11 +832,11 @@ def test_torch_killed_and_continued(trained, tmp_path):
     process = start_training(tmp_path, slow_s=0.05)
     deadline = time.monotonic() + 60
     while not any(int(p.name[:9]) >= 3 for p in tmp_path.rglob("*.pt")):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.process.is_alive(), process.end().stderr
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    process.process.kill()
+    process.end()
     assert not list(tmp_path.rglob("network.json")), "it was to be killed while training"
     fingerprint, said = finish(start_training(tmp_path))
     assert "continuing after step" in said
@@ -849,7 +859,7 @@ def test_torch_two_ranks_train_together(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    ranks = [start_training(tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(2)]
+    ranks = [start_rank(tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(2)]
     results = [finish(process) for process in ranks]
     assert len({fingerprint for fingerprint, _ in results}) == 1
     assert all("training the teacher on" in said for _, said in results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -111,12 +110,8 @@ def collect(provider: Provider, pool: Examples, rows: np.ndarray, step: int) -> 
 
 def query_stage(folder: Path, rows: int, step: int, remote: bool, seconds_per_call: float) -> None:
     """What a test runs in a process of its own and kills: half of the queries are repeats, the noise is keyed."""
+    journal.FLUSH_S = 0.0  # a shard for each question, so that a kill finds some of them written
     teacher = ToyTeacher(remote=remote, tally=folder / "tally", seconds_per_call=seconds_per_call)
     provider = a_provider(folder, teacher, GaussianNoise())
     asked = np.random.default_rng(1).integers(0, rows // 2, size=rows)
     transfer.save(collect(provider, a_pool(rows), asked, step), folder / "transfer_set")
-
-
-if __name__ == "__main__":
-    journal.FLUSH_S = 0.0  # a shard for each question, so that a kill finds some of them written
-    query_stage(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "remote", float(sys.argv[5]))

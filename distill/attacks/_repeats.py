@@ -26,7 +26,7 @@ class Repeats:
         times: Answers to each of its queries.
     """
 
-    requires: ClassVar[Reveals] = Reveals.LABEL
+    requires: Reveals = Reveals.LABEL  # of an instance: what the other attack requires
     uses_teacher: ClassVar[bool] = True
 
     def __init__(self, attack: Attack, times: int) -> None:
@@ -37,7 +37,7 @@ class Repeats:
         if times < 2:
             raise DistillError(f"times is at least 2, not {times}")
         self.attack, self.times = attack, times
-        self.requires = attack.requires  # type: ignore[misc]
+        self.requires = attack.requires
 
     def variants(self, pool: Examples, seed: int) -> Vary | None:
         """How the second and later queries of a group differ from the first; None where they don't."""
@@ -46,8 +46,8 @@ class Repeats:
     def extract(self, oracle: Oracle, pool: Examples, student: Apprentice, seed: int) -> TransferSet:
         """All answers in the order of asking, with `groups`: those to one query of the other attack, one after the
         other, the query itself first. Raises `DistillError` where the budget does not pay for one group."""
-        if oracle.affordable() < self.times:
-            raise DistillError(f"affords less than one query {self.times} times", "budget")
+        if (left := oracle.affordable()) < self.times:
+            raise DistillError(f"pays for {left} answers, but every query takes {self.times} (attack.times)", "budget")
         repeating = Repeating(oracle, self.times, self.variants(pool, seed))
         asked = self.attack.extract(repeating, pool, student, seed)
         return repeating.transfer_set(asked, f"{type(self).__name__} ({self.times} times) of {asked.note}")
@@ -137,7 +137,7 @@ class Grouped:
         inputs = self.queries.source[self.queries.rows[rows // self.times]]
         if self.vary is not None:
             inputs = inputs.copy()
-            for variant in range(1, self.times):
+            for variant in set(number.tolist()) - {0}:
                 inputs[number == variant] = self.vary(inputs[number == variant], variant)
         return inputs
 

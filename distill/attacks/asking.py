@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from distill.attacks.novelty import Novelty
 from distill.contracts import LanguageOracle
 from distill.errors import DistillError
 from distill.language import Completions, Prompts, Sampling, SyntheticSet, texts
+
+log = logging.getLogger(__name__)
 
 
 class Asking:
@@ -40,6 +44,42 @@ class Asking:
     def write(self, prompts: Prompts, sampling: Sampling, samples: int = 1) -> Completions:
         """Ask for answers that are not kept: new prompts, paid for like any other answer."""
         return self._ask(prompts, sampling, samples).completions
+
+    def invent(
+        self,
+        write: Callable[[int, list[str]], list[str]],
+        novelty: Novelty,
+        *,
+        at_once: int,
+        cost: int,
+        most: int,
+        patience: int,
+    ) -> list[str]:
+        """Have prompts written round after round, and ask those that are new, which are returned.
+
+        It ends with the budget, with `most` prompts, or after `patience` rounds in a row that brought nothing new.
+
+        Args:
+            write: Pays for so many requests and returns what they brought; it is also handed the prompts so far.
+            novelty: Admits what is new.
+            at_once: Requests in a round, at most.
+            cost: Answers that one of them takes, those to its prompts included.
+            most: See above.
+            patience: See above.
+        """
+        own: list[str] = []
+        idle = 0
+        while idle < patience and len(own) < most:
+            requests = self.room(min(at_once, most - len(own)), cost)
+            if not requests:
+                return own
+            new = [prompt for prompt in write(requests, own) if novelty.admit(prompt)][: most - len(own)]
+            own += new
+            idle = 0 if new else idle + 1
+            self.answer(Prompts.of_users(new))
+        if idle and idle == patience:
+            log.warning("the attack ended early: %d rounds in a row brought no new prompt", idle)
+        return own
 
     def room(self, most: int, cost: int) -> int:
         """How many things at once (at most `most`, at least one) that take `cost` answers each the budget has room for.

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -11,8 +10,6 @@ from distill.errors import DistillError
 from distill.language import Prompts, SyntheticSet, texts
 from distill.randomness import derive
 from distill.records import Reveals
-
-log = logging.getLogger(__name__)
 
 MARK = "\x1fhere\x1f"  # where the user's words stand in a rendered template
 
@@ -70,23 +67,22 @@ class Magpie:
         sampling = replace(self.sampling, stop=stop, seed=derive(seed, "attack", "prompts"))
         opening = Prompts(texts([before]), chat=False, name="magpie")
         asking = Asking(oracle, samples)
-        novelty = Novelty(self.novelty)
-        kept = idle = 0
-        while idle < self.patience and kept < self.max_prompts:
-            room = asking.room(min(self.prompts_at_once, self.max_prompts - kept), 1 + samples)
-            if not room:
-                break
-            written = asking.write(opening, sampling, samples=room)
-            ended = (
+
+        def write(requests: int, _: list[str]) -> list[str]:
+            written = asking.write(opening, sampling, samples=requests)
+            return [
                 text.strip() for text, finish in zip(written.column, written.finish, strict=True) if finish == "stop"
-            )
-            new = [text for text in ended if novelty.admit(text)]
-            kept += len(new)
-            idle = 0 if new else idle + 1
-            asking.answer(Prompts.of_users(new))
-        if idle and idle == self.patience:
-            log.warning("the attack ended early: %d rounds in a row brought no new prompt", idle)
-        return asking.collected(f"Magpie: {kept} prompts that the teacher made of nothing")
+            ]
+
+        own = asking.invent(
+            write,
+            Novelty(self.novelty),
+            at_once=self.prompts_at_once,
+            cost=1 + samples,
+            most=self.max_prompts,
+            patience=self.patience,
+        )
+        return asking.collected(f"Magpie: {len(own)} prompts that the teacher made of nothing")
 
 
 def user_turn(tokenizer: Any, system_prompt: str | None) -> tuple[str, str]:

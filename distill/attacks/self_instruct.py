@@ -96,28 +96,26 @@ class SelfInstruct:
         novelty = Novelty(self.novelty)
         for text in shown:
             novelty.admit(text)
-        own: list[str] = []
-        idle = 0
-        cost = 1 + self.prompts_per_request * samples
-        while idle < self.patience and len(own) < self.max_prompts:
-            requests = asking.room(self.requests_at_once, cost)
-            if not requests:
-                break
+
+        def write(requests: int, own: list[str]) -> list[str]:
             asked = Prompts.of_users([self._request(shown, own, rng) for _ in range(requests)])
             written = asking.write(asked, sampling)
-            found = [
+            return [
                 prompt
                 for answer, finish in zip(written.column, written.finish, strict=True)
                 for prompt in numbered(answer, finish == "length")
+                if self._fits(prompt)
             ]
-            new = [prompt for prompt in found if self._fits(prompt) and novelty.admit(prompt)]
-            new = new[: self.max_prompts - len(own)]
-            own += new
-            idle = 0 if new else idle + 1
-            asking.answer(Prompts.of_users(new))
+
+        own = asking.invent(
+            write,
+            novelty,
+            at_once=self.requests_at_once,
+            cost=1 + self.prompts_per_request * samples,
+            most=self.max_prompts,
+            patience=self.patience,
+        )
         log.info("self_instruct: %d prompts of its own after %d of the pool", len(own), len(seeds))
-        if idle and idle == self.patience:
-            log.warning("the attack ended early: %d rounds in a row brought no new prompt", idle)
         return asking.collected(f"SelfInstruct from {len(seeds)} prompts of {pool.name}")
 
     def _request(self, seeds: list[str], own: list[str], rng: np.random.Generator) -> str:

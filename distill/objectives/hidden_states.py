@@ -23,7 +23,8 @@ class HiddenStates(nn.Module):
     Paper: Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding", Findings of EMNLP 2020, equation
     8 (section 3.1): D is the mean squared error; layer m of M meets layer m N / M of the teacher's N, and all count
     alike. Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, equation 3, is this for one pair, but for a
-    factor. Sanh et al., "DistilBERT, a distilled version of BERT", EMC² at NeurIPS 2019, section 3: D is 1 − cos.
+    factor and a convolution in W's place. Sanh et al., "DistilBERT, a distilled version of BERT", EMC² at NeurIPS 2019,
+    section 3: D is 1 − cos.
 
     A matrix W, from the student's width to the teacher's, is learnt with the student for each pair and falls away with
     the training; DistilBERT, as wide as its teacher, has none. Neither TinyBERT's losses of attention and embeddings
@@ -53,7 +54,8 @@ class HiddenStates(nn.Module):
         distance: str = "mse",
     ) -> None:
         super().__init__()
-        if not of_language("objective", type(tokens)) or isinstance(tokens, (RSKD, HiddenStates)):
+        fits = isinstance(tokens, LanguageObjective) and of_language("objective", type(tokens))
+        if not fits or isinstance(tokens, (RSKD, HiddenStates)):
             raise ValueError(f"tokens is sequence_kd, token_forward_kl or the like, not {type(tokens).__name__}")
         if pairs is not None and not (pairs and all(map(_is_pair, pairs))):
             raise ValueError(f"pairs are of a student's and a teacher's layer, such as [[1,2],[2,4]], not {pairs}")

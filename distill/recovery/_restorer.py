@@ -1,4 +1,4 @@
-"""What the recoveries share that learn to invert a defense: shadow models, the restorer and how it is trained."""
+"""What the recoveries share that learn to invert a defense: shadow models, and the restorer."""
 
 from __future__ import annotations
 
@@ -9,87 +9,124 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill.contracts import Knowledge
+from distill.contracts import Defense, Knowledge, Loss
 from distill.errors import DistillError
-from distill.kept import train_once
+from distill.kept import Kept, train_once
 from distill.randomness import derive, generator
 from distill.records import Inputs, InputSpec, TransferSet, one_hot, softmax
+from distill.recovery._simulated import SimulatedApi
 from distill.training import Features, Recipe, TensorFeatures
 
 BATCH = 1024
-LR = 0.01
 
 
-def at_least(**bounds: tuple[float, float]) -> None:
-    """Raises `DistillError` for an option below its bound; each is given as (value, bound)."""
-    for name, (value, bound) in bounds.items():
-        if value < bound:
-            raise DistillError(f"{name} must be at least {bound}, not {value}")
+def check(samples: tuple[str, int], epochs: int, share: float = 1.0) -> None:
+    """Raises `DistillError` for what can't be trained on. `samples`: an option's name and its value."""
+    name, value = samples
+    if value < 2:
+        raise DistillError(f"{name} must be at least 2, not {value}")
+    if epochs < 1:
+        raise DistillError(f"epochs must be at least 1, not {epochs}")
+    if not 0 < share <= 1:
+        raise DistillError(f"share must be more than 0 and at most 1, not {share}")
+
+
+def code(knowledge: Knowledge) -> Defense:
+    """The defense, of a recovery that knows its code."""
+    if knowledge.defense is None:
+        raise ValueError("this recovery knows the defense's code")
+    return knowledge.defense
 
 
 def shadow_answers(transfer_set: TransferSet, knowledge: Knowledge, shadows: int, share: float) -> np.ndarray:
-    """(shadows * n, classes) float32: what each shadow model says of each of the n queries, one model after the other.
+    """What shadow models say of the queries.
 
     A shadow model is a student of the attacker's, trained on the returned labels of a random share of the queries.
+
+    Returns:
+        (shadows · n, classes) float32: the answers of one model to all n queries after those of another.
     """
-    inputs = transfer_set.inputs(knowledge.pool)
-    labelled = replace(
-        transfer_set, targets=one_hot(transfer_set.posteriors.argmax(axis=1), transfer_set.classes), logits=None
-    )
+    inputs, labels = transfer_set.inputs(knowledge.pool), transfer_set.posteriors.argmax(axis=1)
+    labelled = replace(transfer_set, targets=one_hot(labels, transfer_set.classes), logits=None)
     answers = []
     for shadow in range(shadows):
-        order = generator(knowledge.seed, "shadow", shadow).permutation(len(transfer_set))
-        some = np.sort(order[: max(1, round(share * len(order)))])
-        answers.append(softmax(knowledge.student.fit(labelled.take(some), knowledge.pool).predict(inputs)))
+        order = generator(knowledge.seed, "shadow", shadow).permutation(len(labels))
+        student = knowledge.student.fit(labelled.take(order[: max(1, round(share * len(order)))]), knowledge.pool)
+        answers.append(softmax(student.predict(inputs)))
     return np.concatenate(answers)
 
 
-def restored(
-    received: np.ndarray, simulated: np.ndarray, clean: np.ndarray, knowledge: Knowledge, epochs: int
+def simulated(
+    defense: Defense, clean: np.ndarray, transfer_set: TransferSet, knowledge: Knowledge, *, remembers: bool = True
 ) -> np.ndarray:
-    """The answers that were received, as a restorer makes them that learnt to turn `simulated` into `clean`.
+    """(m, classes) float32: the answers if `clean` (m, classes) were clean ones, row i to query i mod n.
+
+    `remembers`: as of `SimulatedApi.of`.
+    """
+    queries = np.arange(len(clean)) % len(transfer_set)
+    return SimulatedApi.of(defense, transfer_set, knowledge, remembers=remembers).answers(clean, queries)
+
+
+def restored(
+    transfer_set: TransferSet, returned: np.ndarray, clean: np.ndarray, knowledge: Knowledge, epochs: int
+) -> TransferSet:
+    """The transfer set with targets that a restorer makes of its answers; logits are dropped.
 
     Args:
-        received: (n, classes) float32.
-        simulated: (m, classes) float32, what the defense makes of `clean`.
-        clean: (m, classes) float32.
-        knowledge: Whose trainer, cache and seed are used.
+        transfer_set: n answers.
+        returned: (m, classes) float32, what the defense makes of `clean`.
+        clean: (m, classes) float32, what the restorer learns to make of that.
+        knowledge: Of the attacker.
         epochs: Of the restorer.
-
-    Returns:
-        (n, classes) float32 distributions.
     """
-    if np.array_equal(simulated, clean):  # the defense does nothing
-        return received
-    # BatchNorm can't do with one row, so the last batch is as large as the others.
-    rows = len(clean) // BATCH * BATCH or len(clean)
-    restorer = train_once(
+    if np.array_equal(returned, clean):  # there is nothing to undo
+        return replace(transfer_set, targets=transfer_set.posteriors, logits=None)
+    recipe = Recipe(epochs=epochs, batch_size=BATCH, optimizer="sgd", lr=0.01, momentum=0.9, schedule="cosine")
+    restorer = trained(
+        "restorer", clean.shape[1], returned, {"posteriors": torch.from_numpy(clean)}, L1(), recipe, knowledge
+    )
+    return replace(transfer_set, targets=softmax(restorer.predict(transfer_set.posteriors)), logits=None)
+
+
+def trained(
+    name: str,
+    outputs: int,
+    rows: np.ndarray,
+    targets: Mapping[str, torch.Tensor],
+    loss: Loss,
+    recipe: Recipe,
+    knowledge: Knowledge,
+) -> Kept:
+    """A network on (m, features) float32 `rows`, trained once. Rows beyond the last whole batch are left out: batch
+    normalisation can't do with a batch of one row."""
+    whole = len(rows) // recipe.batch_size * recipe.batch_size or len(rows)
+    return train_once(
         Restorer(),
-        InputSpec("table", (clean.shape[1],)),
-        clean.shape[1],
-        simulated[:rows],
-        {"posteriors": torch.from_numpy(clean[:rows])},
-        L1(),
-        Recipe(epochs=epochs, batch_size=BATCH, optimizer="sgd", lr=LR, momentum=0.9, schedule="cosine"),
+        InputSpec("table", (rows.shape[1],)),
+        outputs,
+        rows[:whole],
+        {key: tensor[:whole] for key, tensor in targets.items()},
+        loss,
+        recipe,
         trainer=knowledge.trainer,
         cache=knowledge.cache,
-        seed=derive(knowledge.seed, "restorer"),
-        name="restorer",
+        seed=derive(knowledge.seed, name),
+        name=name,
         key="recovery",
     )
-    return softmax(restorer.predict(received))
 
 
 class Restorer:
-    """Two hidden layers with batch normalisation and leaky ReLU, on posteriors; their width grows with the classes.
+    """Two hidden layers with batch normalisation and leaky ReLU, whose width grows with the classes.
 
-    `distill.contracts.Student`, on tables of posteriors; a softmax of its outputs is the restored posterior.
+    A `distill.contracts.Student` on tables of posteriors; the softmax of its outputs is the restored posterior.
     """
 
     def build(self, spec: InputSpec, classes: int) -> nn.Module:
-        first, second = (128, 64) if classes < 100 else (1024, 512) if classes < 200 else (2048, 1024)
+        (width,) = spec.shape
+        first, second = (128, 64) if width < 100 else (1024, 512) if width < 200 else (2048, 1024)
         return _Network(
-            nn.Linear(classes, first),
+            nn.Linear(width, first),
             nn.BatchNorm1d(first),
             nn.LeakyReLU(0.2),
             nn.Linear(first, second),

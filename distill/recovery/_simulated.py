@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from distill.contracts import Defense, Knowledge, StatefulDefense
+from distill.contracts import Defense, Knowledge, StatefulDefense, TensorDefense
 from distill.randomness import KeyedRandom, derive
-from distill.records import ROWS_AT_ONCE, Answers, InterfaceProfile, TransferSet, content_keys
+from distill.records import ROWS_AT_ONCE, Answers, InterfaceProfile, Reveals, TransferSet, content_keys
 
 
 @dataclass(frozen=True)
 class SimulatedApi:
     """The attacker's copy of the defense, behind the same access: it answers any posteriors to the attacker's queries.
 
-    A defense that remembers what it answered is, before each block of posteriors, in the state that the answers which
-    were really returned leave it in; so what it answered there, it answers here.
-
     Args:
-        defense: The copy.
+        defense: The copy. It is left as it was found.
         profile: What the answers reveal.
         keys: (n,) content keys of the queries.
         info: (n, m) what the defense knows of them, or None.
+        state: What a defense that remembers knows before each block of answers.
         seed: Of the copy's noise.
     """
 
@@ -30,23 +31,36 @@ class SimulatedApi:
     profile: InterfaceProfile
     keys: np.ndarray
     info: np.ndarray | None
+    state: dict[str, np.ndarray]
     seed: int
 
     @classmethod
-    def of(cls, defense: Defense, transfer_set: TransferSet, knowledge: Knowledge) -> SimulatedApi:
+    def of(
+        cls, defense: Defense, transfer_set: TransferSet, knowledge: Knowledge, *, remembers: bool = True
+    ) -> SimulatedApi:
+        """For the queries of a transfer set.
+
+        `remembers`: A stateful defense knows what it returned there, so what it answered there, it answers again;
+        otherwise it is as it was made. (The answers are put through it once more. In a chain that is right where the
+        members before the one that remembers leave the answers of the chain as they are.)
+        """
         inputs = transfer_set.inputs(knowledge.pool)
         blocks = [inputs[start : start + ROWS_AT_ONCE] for start in range(0, len(inputs), ROWS_AT_ONCE)]
         infos = [info for block in blocks if (info := defense.query_info(block)) is not None]
-        api = cls(
+        fresh = cls(
             defense,
             _profile(transfer_set.profile),
             np.concatenate([content_keys(block) for block in blocks]),
             np.concatenate(infos) if infos else None,
+            defense.state() if isinstance(defense, StatefulDefense) else {},
             derive(knowledge.seed, "simulated defense"),
         )
-        if isinstance(defense, StatefulDefense):
-            api._perturb(transfer_set.posteriors, np.arange(len(transfer_set)))
-        return api
+        if not (fresh.state and remembers):
+            return fresh
+        with fresh._in_state():
+            fresh._perturb(transfer_set.posteriors, np.arange(len(transfer_set)), 0)
+            known = defense.state() if isinstance(defense, StatefulDefense) else {}
+        return cls(defense, fresh.profile, fresh.keys, fresh.info, known, fresh.seed)
 
     def answers(self, posteriors: np.ndarray, queries: np.ndarray) -> np.ndarray:
         """What the queries would be answered if these were their clean answers.
@@ -58,19 +72,37 @@ class SimulatedApi:
         Returns:
             (m, classes) float32.
         """
-        state = self.defense.state() if isinstance(self.defense, StatefulDefense) else None
-        step, blocks = len(self.keys) if state is not None else ROWS_AT_ONCE, []
+        step, blocks = len(self.keys) if self.state else ROWS_AT_ONCE, []
         for start in range(0, len(posteriors), step):
             part = slice(start, start + step)
-            blocks.append(self._perturb(posteriors[part], queries[part], start))
-            if isinstance(self.defense, StatefulDefense) and state is not None:
-                self.defense.restore(state)
+            with self._in_state():
+                blocks.append(self._perturb(posteriors[part], queries[part], start))
         return np.concatenate(blocks)
 
-    def _perturb(self, posteriors: np.ndarray, queries: np.ndarray, first: int = 0) -> np.ndarray:
+    def transform(self, posteriors: torch.Tensor, queries: torch.Tensor) -> torch.Tensor | None:
+        """As `answers`, differentiable, (m, classes) float64; None where the defense or the access has no formula."""
+        if not isinstance(self.defense, TensorDefense) or self.profile.reveals < Reveals.PROBS:
+            return None
+        info = None if self.info is None else torch.from_numpy(self.info[queries.cpu().numpy()]).to(posteriors.device)
+        with self._in_state():
+            return self.defense.transform(posteriors, info)
+
+    def _perturb(self, posteriors: np.ndarray, queries: np.ndarray, first: int) -> np.ndarray:
         info = None if self.info is None else self.info[queries]
         rng = KeyedRandom(self.seed, self.keys[queries], first + np.arange(len(queries)))
         return self.profile.truncate(self.defense.perturb(Answers(posteriors), info, rng)).posteriors
+
+    @contextmanager
+    def _in_state(self) -> Iterator[None]:
+        if not isinstance(self.defense, StatefulDefense):
+            yield
+            return
+        found = self.defense.state()
+        self.defense.restore(self.state)
+        try:
+            yield
+        finally:
+            self.defense.restore(found)
 
 
 def _profile(told: str) -> InterfaceProfile:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,8 @@ from torch import nn
 
 from distill.contracts import Features, Pool, Student, Teacher
 from distill.errors import DistillError
-from distill.records import Dataset, Inputs, InputSpec, Reveals
+from distill.provider.cache import RowCache
+from distill.records import Dataset, Inputs, InputSpec, Reveals, content_keys
 
 ROWS = 4096  # how many rows a teacher is asked about at once
 OUTLIER = -1  # the label of a row that has none
@@ -85,8 +88,20 @@ def with_outliers(data: Dataset, outliers: Pool) -> tuple[Joined, torch.Tensor]:
     return Joined(data.train.inputs, pool.take(rows).inputs), torch.cat([labels, torch.full_like(labels, OUTLIER)])
 
 
-def logits_of(teacher: Teacher, inputs: Inputs) -> np.ndarray:
-    """(n, classes) float32 whose softmax is the teacher's answer; probabilities below 1e-10 count as that."""
-    answers = [teacher.predict(inputs[start : start + ROWS]) for start in range(0, len(inputs), ROWS)]
-    values = np.concatenate(answers).astype(np.float32)
+def logits_of(teacher: Teacher, inputs: Inputs, cache: Path) -> np.ndarray:
+    """(n, classes) float32 whose softmax is the teacher's answer; probabilities below 1e-10 count as that.
+
+    It is asked about each input once, ever: the answers are those that the provider keeps too.
+    """
+    answers = RowCache(cache / "answers" / teacher.fingerprint)
+    parts = []
+    for start in range(0, len(inputs), ROWS):
+        rows = inputs[start : start + ROWS]
+        compute = partial(_predict, teacher, rows)
+        parts.append(answers.get_or_compute(content_keys(rows), compute, min(teacher.rows_at_once, ROWS)))
+    values = np.concatenate(parts)
     return values if teacher.output is Reveals.LOGITS else np.log(np.maximum(values, 1e-10))
+
+
+def _predict(teacher: Teacher, rows: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    return teacher.predict(rows[missing]).astype(np.float32)

@@ -30,10 +30,10 @@ def imitator(
 ) -> Kept:
     """A network that was trained on the inputs of `data.train` with the teacher's posteriors as targets.
 
-    Its cost: the teacher is asked about each of these inputs.
+    Its cost: the teacher is asked about each of these inputs, once.
     """
     inputs = data.train.inputs
-    targets = {"posteriors": torch.from_numpy(softmax(logits_of(teacher, inputs)))}
+    targets = {"posteriors": torch.from_numpy(softmax(logits_of(teacher, inputs, cache)))}
     return train_once(
         architecture,
         data.spec,

@@ -78,7 +78,7 @@ class AdaptiveMisinformation:
             teacher = teacher.retrained(
                 _OutlierExposure(self.exposure), inputs, {"labels": labels}, "teacher with outlier exposure", cache
             )
-        told = torch.from_numpy(logits_of(teacher, inputs.second).argmax(axis=1))
+        told = torch.from_numpy(logits_of(teacher, inputs.second, cache).argmax(axis=1))
         self._wrong: Kept = train_once(
             self.architecture,
             data.spec,

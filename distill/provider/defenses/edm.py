@@ -30,9 +30,10 @@ class EDM:
     does not know the networks.
     (n, classes) posteriors in and out; what the teacher said is replaced by what the member says of the query, so
     nothing is claimed of label and distance.
-    Departs: no training code was released, and `diversity` is our choice. D-DAE's h is trained on another labelled data
-    set; here it has fresh weights, and its logits are standardised over the outliers, so that it spreads queries on
-    every kind of data. All members answer each query, where the paper runs the chosen one alone.
+    Departs: no training code was released, so the loss is written from what the paper says that it does, and
+    `diversity` is our choice. D-DAE's h is trained on another labelled data set; here it has fresh weights, and its
+    logits are standardised over the outliers, so that it spreads queries on every kind of data. All members are run for
+    each query, though one would do.
 
     Args:
         architecture: Of each member and of h.

@@ -35,8 +35,8 @@ class Misleader:
     of it, while its attacker a, of the same architecture, minimises that divergence. The ensemble answers with the mean
     of the defenders' posteriors. It was chosen beside Nasty Teacher because its loss can be read in the authors' code.
     Threat model: an attacker who learns from whole posteriors, of inputs like the teacher's data too.
-    It answers in the teacher's place; (n, classes) posteriors then pass through. Label and distance are claimed of the
-    answers of the undefended teacher, and so not at all.
+    It answers in the teacher's place; (n, classes) posteriors then pass through. Nothing is claimed of label and
+    distance, which are measured against the undefended teacher.
     Departs from the authors' code: defender and attacker take their steps at the same time, with one optimiser, and the
     attacker takes one where theirs takes one of the sum of five equal gradients; the variants (a turn by up to 15°, a
     shift by up to a tenth, a zoom between 0.9 and 1.25, brightness and contrast changed by up to 0.4, no mirror and no
@@ -89,7 +89,7 @@ class Misleader:
     def prepare(self, teacher: Teacher, data: Dataset, trainer: Any, cache: Path, seed: int) -> Teacher:
         """The ensemble, as a teacher."""
         labels = true_labels(data)
-        logits = torch.from_numpy(logits_of(teacher, data.train.inputs))
+        logits = torch.from_numpy(logits_of(teacher, data.train.inputs, cache))
         inputs = Joined(data.train.inputs, variants(data.train.inputs, data.spec, seed))
         targets = {
             "labels": torch.cat([labels, torch.full_like(labels, OUTLIER)]),

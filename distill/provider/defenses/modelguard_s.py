@@ -68,26 +68,27 @@ class ModelGuardS:
 
     def _answer(self, clean: np.ndarray) -> np.ndarray:
         rows = torch.from_numpy(clean.astype(np.float64))
-        returned, reach = self._quantised(rows, torch.from_numpy(self._codewords.astype(np.float64)))
-        labels = rows.argmax(dim=1)
-        waiting = reach.isinf().nonzero()[:, 0]
-        added = []
-        while len(waiting):  # the first of them finds nothing, and is a codeword for those behind it
-            new, waiting = waiting[0], waiting[1:]
-            added.append(int(new))
-            later = torch.arange(int(new) + 1, len(rows)) if self.nearest else waiting
-            later = later[labels[later] == labels[new]]
-            away = torch.cdist(rows[later], rows[new, None], p=1)[:, 0]
-            near = (away <= self._budget) & (away < reach[later])
-            returned[later[near]], reach[later[near]] = rows[new], away[near]
-            waiting = waiting[reach[waiting].isinf()]
+        quantised, reached = self._quantised(rows, torch.from_numpy(self._codewords.astype(np.float64)))
+        returned, reach, labels = quantised.numpy().astype(np.float32), reached.numpy(), clean.argmax(axis=1)
+        added: list[int] = []
+        for label in np.unique(labels[np.isinf(reach)]):  # the first that found nothing is a codeword for those behind
+            same = np.flatnonzero(labels == label)
+            waiting = same[np.isinf(reach[same])]
+            same = same if self.nearest else waiting
+            away = torch.cdist(rows[waiting], rows[same], p=1).numpy()
+            rank = np.where((away <= self._budget) & (same > waiting[:, None]), away if self.nearest else 0.0, np.inf)
+            for new, ranks in zip(waiting, rank, strict=True):
+                if np.isinf(reach[new]):
+                    added.append(new)
+                    better = ranks < reach[same]
+                    returned[same[better]], reach[same[better]] = clean[new], ranks[better]
         if added:
-            self._codewords = np.concatenate([self._codewords.reshape(-1, clean.shape[1]), clean[added]])
-        return returned.numpy().astype(np.float32)
+            self._codewords = np.concatenate([self._codewords.reshape(-1, clean.shape[1]), clean[np.sort(added)]])
+        return returned
 
     def _quantised(self, rows: torch.Tensor, codewords: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each row's codeword, or the row itself, and (n,) a number that is infinite for the latter: how far it is, or
-        of the first codeword its place."""
+        """Each row's codeword, or the row itself; and (n,) how far that is (of the first codeword: its place), infinite
+        where there is none."""
         quantised, reach = rows.clone(), torch.full_like(rows[:, 0], torch.inf)
         if not len(codewords):
             return quantised, reach

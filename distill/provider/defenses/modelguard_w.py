@@ -11,7 +11,7 @@ from distill.randomness import KeyedRandom
 from distill.records import Answers, InterfaceProfile, Reveals
 
 ROWS = 4096  # solved at once: what a processor's cache holds
-HALVINGS = 44  # of an interval that is at most one long
+HALVINGS = 36  # of an interval that is at most one long
 SLACK = 1e-12  # of a constraint, far above rounding and far below float32
 FLAT = 1e-9  # slopes below this count as zero, so that rounding does not choose between optima
 
@@ -74,31 +74,34 @@ class ModelGuardW:
             # The least that leaves room for the others, and a little less: no answer is feasible there.
             room = (1 + (len(ranked) - 1) * self.margin) / len(ranked)
             low = (ranked[-1] - self._mass).clamp(min=room) * (1 - 1e-6)
-            high = (ranked[-1] + self._mass).clamp(max=1.0)
-            sums = before(costs)
+            high = torch.maximum(low, (ranked[-1] + self._mass).clamp(max=1.0))
+            sums = sums_of(costs)
             for _ in range(HALVINGS):
                 middle = (low + high) / 2
                 falls = program.slope(program.pattern(middle), costs, sums) < -FLAT
                 low, high = torch.where(falls, middle, low), torch.where(falls, high, middle)
             left, right = program.pattern(low), program.pattern(high)
-            bend = program.answer(left, low + 1) - program.answer(left, low)
-            bend -= program.answer(right, low + 1) - program.answer(right, low)
-            drop = program.excess(left, low) - program.excess(left, low + 1)
         # The minimum is where the pieces left and right of it are the same answer or, with nothing feasible on the
-        # left, where its excess is gone. Both are linear in τ.
-        apart = ((program.answer(left, low) - program.answer(right, low)) * bend).cumsum(dim=0)[-1]
-        same = apart / bend.square().cumsum(dim=0)[-1].clamp(min=0.5)
-        top = low + torch.where(left.excessive, program.excess(left, low) / drop.clamp(min=0.5), -same)
-        solved = torch.where(right.excessive, ranked, program.answer(right, top).clamp(min=0))
+        # left, where its excess is gone. All are linear in τ.
+        before, after, excess = program.answer(left, low), program.answer(right, low), program.excess(left, low)
+        with torch.no_grad():
+            rise = program.answer(right, low + 1) - after
+            bend = rise - (program.answer(left, low + 1) - before)
+            drop = excess - program.excess(left, low + 1)
+        same = ((before - after) * bend).cumsum(dim=0)[-1] / bend.square().cumsum(dim=0)[-1].clamp(min=0.5)
+        further = torch.where(left.excessive, excess / drop.clamp(min=0.5), same)
+        solved = torch.where(right.excessive, ranked, (after + rise * further).clamp(min=0))
         return torch.zeros_like(posteriors).scatter(1, order, solved.T)
 
 
 @dataclass(frozen=True)
 class _Pattern:
-    """Which class does what in the best answer for one τ; integers count classes, others are truth values. All (n,)."""
+    """Which class does what in the best answer for one τ; integers count classes, most others are truth values.
 
-    above: torch.Tensor  # τ is not below the clean posterior of the label
-    forced: torch.Tensor  # classes whose clean posterior is below the cap; those behind them are forced down to it
+    All (n,)."""
+
+    above: torch.Tensor  # 1.0 where τ is not below the clean posterior of the label, else 0.0
+    free: torch.Tensor  # classes whose clean posterior is below the cap; those behind them are forced down to it
     full: torch.Tensor  # the least probable classes, filled up to the cap; the next one takes the rest
     drained: torch.Tensor  # the most probable classes, emptied; the next one gives the rest
     unbound: torch.Tensor  # the budget does not bind
@@ -119,43 +122,46 @@ class _Program:
 
     def __init__(self, others: torch.Tensor, top: torch.Tensor, mass: float, margin: float) -> None:
         self.others, self.top, self.mass, self.margin = others, top, mass, margin
-        self.sums = before(others)
+        self.sums = sums_of(others)
         self.classes = len(others)
         self.index = torch.arange(self.classes, device=others.device)[:, None]
+        with torch.no_grad():
+            self.searched = others.T.contiguous(), self.sums[:-1].T.contiguous()
 
     def pattern(self, tau: torch.Tensor) -> _Pattern:
         cap = tau - self.margin
-        above = tau >= self.top
-        forced = (self.others < cap).sum(dim=0)
-        fill, drain = self._moved(above, forced, tau)
-        lies = at(self.sums, forced)
-        # Index j: the mass that fills the first j + 1 classes up to the cap.
-        filling = (self.index + 1) * cap - self.sums[1:]
-        full = ((filling <= fill) & (self.index < forced)).sum(dim=0)
-        left = drain - (self.classes - forced) * cap  # once all that were forced to the cap are emptied
-        emptied = self.classes - (self.sums[:-1] < lies - left).sum(dim=0)
+        above = (tau >= self.top).to(tau)
+        free = below(self.searched[0], cap)
+        fill, drain = self._moved(above, free, tau)
+        lies = at(self.sums, free)
+        full, most = torch.zeros_like(free), free
+        for _ in range(self.classes.bit_length()):  # what fills the first j classes up to the cap grows with j
+            middle = (full + most + 1) >> 1
+            fits = middle * cap - at(self.sums, middle) <= fill
+            full, most = torch.where(fits, middle, full), torch.where(fits, most, middle - 1)
+        left = drain - (self.classes - free) * cap  # once all that were forced to the cap are emptied
+        emptied = self.classes - below(self.searched[1], lies - left)
         drained = torch.where(left >= 0, emptied, (drain / cap).floor().clamp(min=0).long())
         filled = ((1 - tau) / cap).floor().long().clamp(max=self.classes - 1)
-        whole = torch.minimum(filled, forced)
+        whole = torch.minimum(filled, free)
         needed = whole * cap - at(self.sums, whole) + (1 - tau - filled * cap - at(self.others, filled)).clamp(min=0)
         crowded = (1 - tau - self.classes * cap) > SLACK
-        return _Pattern(above, forced, full, drained, needed <= fill, filled, crowded | (drain < -SLACK), crowded)
+        return _Pattern(above, free, full, drained, needed <= fill, filled, crowded | (drain < -SLACK), crowded)
 
-    def _moved(self, above: torch.Tensor, forced: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _moved(self, above: torch.Tensor, free: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the budget gives to others than the label, and takes from them besides what the cap forces them to."""
         change = tau - self.top
-        cut = self.sums[-1] - at(self.sums, forced) - (self.classes - forced) * (tau - self.margin)
-        zero = torch.zeros_like(change)
-        return self.mass - torch.where(above, change, zero), self.mass + torch.where(above, zero, change) - cut
+        cut = self.sums[-1] - at(self.sums, free) - (self.classes - free) * (tau - self.margin)
+        return self.mass - above * change, self.mass + (1 - above) * change - cut
 
     def slope(self, pattern: _Pattern, costs: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-        """Of the best cost, in τ. `costs` (classes, n) with the label's last, and their sums as `before` gives them."""
+        """Of the best cost, in τ. `costs` (classes, n) with the label's last, and their `sums_of`."""
         rest = self.classes - pattern.drained
         taker = at(costs, pattern.full)
         giver = at(costs, (rest - 1).clamp(min=0))
-        kept = (rest - pattern.forced).clamp(min=0)  # those forced to the cap and not emptied
-        bound = at(sums, pattern.full) - pattern.full * taker - torch.where(pattern.above, taker, giver)
-        bound += torch.where(kept > 0, at(sums, rest) - at(sums, pattern.forced) - kept * giver, 0)
+        bound = at(sums, pattern.full) - pattern.full * taker - (giver + pattern.above * (taker - giver))
+        kept = torch.maximum(rest, pattern.free)  # up to here from `free` on are those forced to the cap, not emptied
+        bound += at(sums, kept) - at(sums, pattern.free) - (kept - pattern.free) * giver
         last = at(costs, pattern.filled)
         unbound = at(sums, pattern.filled) - (pattern.filled + 1) * last
         slope = costs[-1] + torch.where(pattern.unbound, unbound, bound)
@@ -164,12 +170,12 @@ class _Program:
     def answer(self, pattern: _Pattern, tau: torch.Tensor) -> torch.Tensor:
         """(classes, n), the label last: linear in τ and in the clean posteriors, also where the pattern doesn't fit."""
         cap, index = tau - self.margin, self.index
-        fill, drain = self._moved(pattern.above, pattern.forced, tau)
+        fill, drain = self._moved(pattern.above, pattern.free, tau)
         rest = self.classes - pattern.drained
         fill = fill - pattern.full * cap + at(self.sums, pattern.full)
-        drain = drain - at(self.sums, pattern.forced) + at(self.sums, torch.minimum(rest, pattern.forced))
-        drain = drain - (self.classes - torch.maximum(rest, pattern.forced)) * cap
-        bound = torch.where((index < pattern.full) | (index >= pattern.forced), cap, self.others)
+        drain = drain - at(self.sums, pattern.free) + at(self.sums, torch.minimum(rest, pattern.free))
+        drain = drain - (self.classes - torch.maximum(rest, pattern.free)) * cap
+        bound = torch.where((index < pattern.full) | (index >= pattern.free), cap, self.others)
         bound = bound + torch.where(index == pattern.full, fill, 0) - torch.where(index == rest - 1, drain, 0)
         bound = torch.where(index >= rest, 0, bound)
         unbound = torch.where(index == pattern.filled, 1 - tau - pattern.filled * cap, 0)
@@ -178,11 +184,11 @@ class _Program:
 
     def excess(self, pattern: _Pattern, tau: torch.Tensor) -> torch.Tensor:
         """By how much the constraint that is broken is broken; linear too."""
-        _, drain = self._moved(pattern.above, pattern.forced, tau)
+        _, drain = self._moved(pattern.above, pattern.free, tau)
         return torch.where(pattern.crowded, 1 - tau - self.classes * (tau - self.margin), -drain)
 
 
-def before(rows: torch.Tensor) -> torch.Tensor:
+def sums_of(rows: torch.Tensor) -> torch.Tensor:
     """Index j: the sum of the first j."""
     return torch.cat([torch.zeros_like(rows[:1]), rows.cumsum(dim=0)])
 
@@ -190,3 +196,8 @@ def before(rows: torch.Tensor) -> torch.Tensor:
 def at(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """One entry of each column."""
     return table.gather(0, index[None])[0]
+
+
+def below(ascending: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """How many entries of each row (not column) are below its bound."""
+    return torch.searchsorted(ascending, bounds[:, None])[:, 0]

@@ -30,6 +30,7 @@ class TokenNames:
 
     def __init__(self, tokenizer: Any) -> None:
         self._ids: dict[bytes, int] = {}
+        self._tokenizer = tokenizer
         if tokenizer is None:
             return
         pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -44,6 +45,17 @@ class TokenNames:
         if told := _ID.fullmatch(entry["token"]):
             return int(told[1])
         return self._ids.get(_content(entry), -1)
+
+    def filled(self, numbers: np.ndarray, text: str) -> np.ndarray:
+        """The ids of an answer, with those that its text has in the places of -1, where it agrees with all the others.
+
+        Several tokens of one character have no text of their own.
+        """
+        if self._tokenizer is None or (numbers >= 0).all():
+            return numbers
+        whole = np.array(self._tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32)
+        agrees = len(whole) == len(numbers) and ((numbers < 0) | (numbers == whole)).all()
+        return whole if agrees else numbers
 
 
 def read(
@@ -81,14 +93,14 @@ def read(
         if cuts:
             text, finish = text[: min(cuts)], "stop"
             entries = entries and _before(entries, len(text.encode("utf-8", "surrogatepass")))
-        tokens = {} if entries is None else _columns(entries, top_k, names)
+        tokens = {} if entries is None else _columns(entries, top_k, names, text)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise BadAnswer(f"it is no completion ({type(error).__name__}: {error})".replace(": )", ")")) from None
     return Completions(texts([text]), texts([finish]), *spent, **tokens)
 
 
 def with_end(answer: Completions, end: int, special: Collection[int]) -> Completions:
-    """One answer that ended, with the token that ended it, which most APIs leave out: as certain, since no more is told.
+    """One answer that ended, with the token that ended it, which some APIs leave out: as certain, as no more is told.
 
     Args:
         answer: The answer; unchanged where it tells no tokens or ends with one of `special`.
@@ -129,7 +141,7 @@ def _before(entries: list[dict[str, Any]], end: int) -> list[dict[str, Any]]:
     return [entry for entry, start in zip(entries, np.cumsum([0, *lengths[:-1]]), strict=True) if start < end]
 
 
-def _columns(entries: Sequence[Mapping[str, Any]], top_k: int, names: TokenNames) -> dict[str, np.ndarray]:
+def _columns(entries: Sequence[Mapping[str, Any]], top_k: int, names: TokenNames, text: str) -> dict[str, np.ndarray]:
     """The columns of tokens of one answer."""
     top_ids = np.full((len(entries), top_k), -1, dtype=np.int32)
     top_logprobs = np.full((len(entries), top_k), -np.inf, dtype=np.float32)
@@ -139,7 +151,7 @@ def _columns(entries: Sequence[Mapping[str, Any]], top_k: int, names: TokenNames
         top_logprobs[position, : len(ranked)] = [_logprob(other) for other in ranked]
     return {
         "offsets": np.array([0, len(entries)], dtype=np.int64),
-        "token_ids": np.array([names.number(entry) for entry in entries], dtype=np.int32),
+        "token_ids": names.filled(np.array([names.number(entry) for entry in entries], dtype=np.int32), text),
         "logprobs": np.array([_logprob(entry) for entry in entries], dtype=np.float32),
         "top_ids": top_ids,
         "top_logprobs": top_logprobs,

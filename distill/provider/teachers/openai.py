@@ -50,7 +50,7 @@ class OpenAI:
     """A language model behind an OpenAI-compatible API: vLLM, SGLang, llama.cpp, ``transformers serve``, a vendor's.
 
     Chats go to ``POST url/chat/completions`` and plain text to ``POST url/completions``, one answer a request, through
-    the `openai` client (``pip install 'distill-framework[openai]'``). A drawn answer is asked for with a seed made from
+    the `openai` client (``pip install 'distill-framework[text]'``). A drawn answer is asked for with a seed made from
     (sampling.seed, prompt, repeat); whether the server heeds it is the server's affair. (``transformers serve`` draws
     only where the model's generation_config.json says ``do_sample``, or else with ``extra_body={generation_config:
     '{"do_sample": true, "eos_token_id": …}'}``, and heeds a seed at ``concurrency=1`` only.)
@@ -63,8 +63,8 @@ class OpenAI:
     from the notes first. Notes are dropped when the call after the one that returned them begins.
 
     Log-probabilities are what the API says they are (vLLM: ask the server for ``--logprobs-mode raw_logprobs`` or
-    ``processed_logprobs``). Most APIs leave out the end-of-answer token. With a `tokenizer` it is put back, as a position
-    that lists this token alone, as certain: that it was drawn is all that is known of it.
+    ``processed_logprobs``). Some APIs (llama-cpp-python, for one) leave out the end-of-answer token. With a `tokenizer`
+    it is put back, as a position that lists this token alone, as certain: that it was drawn is all that is known of it.
 
     An API can't prove which weights answer. The `model` and `system_fingerprint` of the first answer are kept with the
     cache, and an answer of another one is an error, in this run or a later one.
@@ -179,7 +179,7 @@ class OpenAI:
             import openai  # noqa: F401
         except ImportError:
             raise DistillError(
-                "teacher=openai needs the client: pip install 'distill-framework[openai]'", "teacher"
+                "teacher=openai needs the client: pip install 'distill-framework[text]'", "teacher"
             ) from None
         self._api_key = key_from(self._api_key_env)
         if self._tokenizer is not None:
