@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from distill.attacks._repeats import Repeats
 from distill.config import CONFIG_DIR, build, locate
 from distill.errors import DistillError
 from distill.experiment import Experiment, make_trainer
+from distill.provider.defenses.none import NoDefense
 from distill.provider.oracle import serve
 from distill.provider.teachers.torch_classifier import TorchClassifier
 from distill.query import query
-from distill.records import Budget, Examples, InterfaceProfile, Queries, Reveals, TransferSet, one_hot
+from distill.records import Budget, Examples, InputSpec, InterfaceProfile, Queries, Reveals, TransferSet, one_hot
+from distill.training import Trainer
 
 CLASSES = 4
 NAMES = tuple("abcd")
@@ -121,20 +124,50 @@ def test_ground_truth_of_other_classes_is_refused(tmp_path: Path) -> None:
     np.testing.assert_array_equal(truth.posteriors, one_hot(truth.rows % CLASSES, CLASSES))
 
 
+IMAGES = Examples(
+    np.random.default_rng(1).integers(0, 256, (20, 4, 4, 1)).astype(np.uint8), InputSpec("image", (4, 4, 1))
+)
+
+
 def some_answers(logits: bool = False) -> TransferSet:
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(20, CLASSES)).astype(np.float32)
     posteriors = torch.from_numpy(scores).softmax(1).numpy()
-    return TransferSet(np.arange(20), posteriors, logits=scores if logits else None, pool="p", profile="probs")
+    kept = scores if logits else None
+    return TransferSet(np.arange(20), posteriors, logits=kept, pool=IMAGES.fingerprint, profile="probs")
+
+
+class Quick:
+    """An apprentice whose students are a fixed function of the pixels."""
+
+    class_names = NAMES
+
+    def fit(self, transfer_set: TransferSet, pool: Examples) -> Any:
+        return self
+
+    def predict(self, inputs: Any) -> np.ndarray:
+        return inputs[:].reshape(len(inputs), -1)[:, :CLASSES].astype(np.float32) / 64
+
+
+def knowing(knows: str, cache: Path) -> contracts.Knowledge:
+    """Of an undefended provider."""
+    knowledge = contracts.Knowledge(IMAGES, Quick(), Trainer(device="cpu", progress=False), 0, cache)
+    match knows:
+        case "the defense's code":
+            return replace(knowledge, defense=NoDefense())
+        case "the clean answers":
+            return replace(knowledge, defense=NoDefense(), clean=some_answers().posteriors)
+        case _:
+            return knowledge
 
 
 @pytest.mark.parametrize("option", options("recovery"))
-def test_a_recovery_sets_targets_that_are_distributions(option: str) -> None:
+def test_a_recovery_sets_targets_that_are_distributions(option: str, tmp_path: Path) -> None:
     recovery = made("recovery", option)
     assert members(contracts.Recovery) <= set(dir(recovery))
-    assert recovery.knows in ("nothing", "the defense's name", "the defense's code")
+    assert recovery.knows in ("nothing", "the defense's name", "the defense's code", "the clean answers")
     given = some_answers(logits=True)
-    recovered = recovery.targets(given, {})
+    recovered = recovery.targets(given, knowing(recovery.knows, tmp_path))
     assert recovered.targets is not None
     np.testing.assert_allclose(recovered.targets.sum(axis=1), 1, atol=1e-5)
     assert given.targets is None, "the transfer set that was paid for stays as it is"
@@ -147,7 +180,9 @@ def test_a_recovery_sets_targets_that_are_distributions(option: str) -> None:
 def test_an_objective_is_a_sum_over_rows(option: str, logits: bool) -> None:
     objective = made("objective", option)
     assert members(contracts.Objective) <= set(dir(objective))
-    targets = objective.prepare(made("recovery", "as_returned").targets(some_answers(logits), {}))
+    targets = objective.prepare(
+        made("recovery", "as_returned").targets(some_answers(logits), knowing("nothing", Path("unused")))
+    )
     output = torch.randn(20, CLASSES, generator=torch.Generator().manual_seed(0))
     whole = objective.loss(output, targets)
     parts = [

@@ -294,7 +294,7 @@ def test_reverse_sigmoid_claims_the_label_only_where_no_answer_loses_it() -> Non
     for classes in (2, 10, 100):
         clean = Answers(posteriors(classes, rows=2_000))
         assert (perturbed(ReverseSigmoid(0.5, 2.0), clean).labels == clean.labels).all()
-        assert (perturbed(ReverseSigmoid(0.6, 2.0), Answers(np.array([[0.51, 0.49]], np.float32))).labels == 1).all()
+    assert perturbed(ReverseSigmoid(0.6, 2.0), Answers(np.array([[0.51, 0.49]], np.float32))).labels.tolist() == [1]
 
 
 def test_logit_noise_has_the_stated_length() -> None:

@@ -282,7 +282,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(finished: Path, 
 
 def test_wandb_without_a_key_is_offline_and_never_asks(tmp_path: Path) -> None:
     env = {"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    distill("train", *QUICK, "tracker=wandb", cwd=tmp_path, env=env, fresh=True)
+    distill("train", *QUICK, "tracker=wandb", cwd=tmp_path, env=env)
     (record,) = tmp_path.glob("outputs/*/*/wandb/offline-run-*/*.wandb")
     content = record.read_bytes()
     for name in (b"quickstart", b"fidelity/agreement", b"knockoff_random", b"transfer-set-", b"samples"):
@@ -292,7 +292,7 @@ def test_wandb_without_a_key_is_offline_and_never_asks(tmp_path: Path) -> None:
 def test_trackio_shows_the_same_numbers(tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     env = {"TRACKIO_DIR": str(tmp_path / "trackio")}
-    distill("train", *QUICK, "tracker=trackio", cwd=tmp_path, env=env, fresh=True)
+    distill("train", *QUICK, "tracker=trackio", cwd=tmp_path, env=env)
     assert list((tmp_path / "trackio").glob("distill*.db"))
 
 

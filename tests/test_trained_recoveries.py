@@ -136,7 +136,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def test_a_restorer_brings_reverse_sigmoid_back(world: World) -> None:
-    """With seed 0 the answers are 1.3 away as returned, 0.5 from shadow models and 0.8 from drawn posteriors."""
+    """With seed 0 the answers are 1.27 away as returned, 0.45 from shadow models and 0.85 from drawn ones."""
     asked = world.asked(ReverseSigmoid())
     away = world.away(asked.posteriors)
     knowledge = world.knows(ReverseSigmoid())
@@ -149,8 +149,6 @@ def test_a_restorer_brings_reverse_sigmoid_back(world: World) -> None:
         assert recovered.targets.dtype == np.float32
         np.testing.assert_allclose(recovered.targets.sum(axis=1), 1, atol=1e-5)
         assert asked.targets is None
-    again = DDAEPlus(samples=10_000, epochs=10).targets(asked, knowledge)
-    np.testing.assert_array_equal(again.targets, drawn.targets)
 
 
 def test_nothing_is_restored_where_nothing_was_done(world: World) -> None:
@@ -180,6 +178,16 @@ def test_any_number_of_samples_can_be_trained_on(samples: int, world: World) -> 
 def test_options_out_of_range_are_refused(make: Any, says: str) -> None:
     with pytest.raises(DistillError, match=says):
         make()
+
+
+def test_what_is_trained_is_kept_in_the_attackers_cache(world: World, tmp_path: Path) -> None:
+    knowledge = replace(world.knows(Rounding()), cache=tmp_path)
+    first = DDAEPlus(samples=600, epochs=1).targets(world.asked(Rounding()), knowledge)
+    (network,) = (tmp_path / "networks").glob("*/model.safetensors")
+    written = network.stat().st_mtime_ns
+    again = DDAEPlus(samples=600, epochs=1).targets(world.asked(Rounding()), knowledge)
+    assert network.stat().st_mtime_ns == written
+    np.testing.assert_array_equal(first.targets, again.targets)
 
 
 # --- the attacker's copy of the defense -----------------------------------------------------------------------------
@@ -241,7 +249,7 @@ def in_loop(world: World, defense: Any, objective: Any, weight: float = 0.3, pro
 
 
 def test_a_student_in_the_loop_learns_what_reverse_sigmoid_hides(world: World) -> None:
-    """With seed 0 the KL from the clean teacher is 1.2 for the answers as returned and 0.03 in the loop."""
+    """With seed 0 the KL from the clean teacher is 1.15 for the answers as returned and 0.07 in the loop."""
     lesson, student = in_loop(world, ReverseSigmoid(), SoftCrossEntropy()), world.knowledge.student
     naive = student.fit(AsReturned().targets(world.asked(ReverseSigmoid()), world.knowledge), world.knowledge.pool)
     looped = student.learn(lesson, world.knowledge.pool.spec)  # type: ignore[attr-defined]
@@ -323,6 +331,9 @@ def test_the_query_information_goes_with_its_query(world: World) -> None:
             assert info is not None
             return (posteriors + info.double()) / 2
 
+    asked = world.asked(Mixes())
+    twice = simulated(Mixes(), np.tile(world.clean, (2, 1)), asked, world.knowledge)
+    np.testing.assert_array_equal(twice, np.tile(asked.posteriors, (2, 1)))
     lesson = in_loop(world, Mixes(), SoftCrossEntropy(), weight=0)
     order = np.random.default_rng(0).permutation(500)
     part = {name: tensor[order] for name, tensor in lesson.targets.items()}
@@ -405,10 +416,3 @@ def test_only_square_images_are_turned(spec: InputSpec, world: World) -> None:
     knowledge = replace(world.knowledge, pool=Examples(np.zeros((3, *spec.shape)), spec))
     with pytest.raises(DistillError, match="square images"):
         S4L().targets(world.asked(NoDefense()), knowledge)
-
-
-def test_no_cache_of_the_provider_is_touched(world: World, tmp_path: Path) -> None:
-    """What is trained lies under the cache of the knowledge alone."""
-    knowledge = replace(world.knows(Rounding()), cache=tmp_path)
-    DDAEPlus(samples=600, epochs=1).targets(world.asked(Rounding()), knowledge)
-    assert [path.name for path in tmp_path.iterdir()] == ["networks"]

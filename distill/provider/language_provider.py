@@ -127,6 +127,11 @@ class LanguageProvider:
                 "that reveals more",
                 "signal",
             )
+        if nameless := int((given.token_ids < 0).sum()):
+            # Another tokenization of these answers would have other positions.
+            raise DistillError(
+                f"{nameless} tokens of these answers have no id; tell teacher.tokenizer, or take signal=text", "signal"
+            )
         lengths = np.diff(given.offsets)
         if given.top_ids is not None and given.top_logprobs is not None:
             logprobs = np.where(given.top_ids >= 0, given.top_logprobs, -np.inf).astype(np.float32)

@@ -20,11 +20,11 @@ from distill.training import Features, Recipe, TensorFeatures
 BATCH = 1024
 
 
-def check(samples: tuple[str, int], epochs: int, share: float = 1.0) -> None:
-    """Raises `DistillError` for what can't be trained on. `samples`: an option's name and its value."""
-    name, value = samples
-    if value < 2:
-        raise DistillError(f"{name} must be at least 2, not {value}")
+def check(*, epochs: int, share: float = 1.0, **at_least_two: int) -> None:
+    """Raises `DistillError` for options out of range."""
+    for name, value in at_least_two.items():
+        if value < 2:
+            raise DistillError(f"{name} must be at least 2, not {value}")
     if epochs < 1:
         raise DistillError(f"epochs must be at least 1, not {epochs}")
     if not 0 < share <= 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -55,12 +55,11 @@ class SimulatedApi:
             defense.state() if isinstance(defense, StatefulDefense) else {},
             derive(knowledge.seed, "simulated defense"),
         )
-        if not (fresh.state and remembers):
+        if not (remembers and isinstance(defense, StatefulDefense)):
             return fresh
         with fresh._in_state():
             fresh._perturb(transfer_set.posteriors, np.arange(len(transfer_set)), 0)
-            known = defense.state() if isinstance(defense, StatefulDefense) else {}
-        return cls(defense, fresh.profile, fresh.keys, fresh.info, known, fresh.seed)
+            return replace(fresh, state=defense.state())
 
     def answers(self, posteriors: np.ndarray, queries: np.ndarray) -> np.ndarray:
         """What the queries would be answered if these were their clean answers.
@@ -80,8 +79,11 @@ class SimulatedApi:
         return np.concatenate(blocks)
 
     def transform(self, posteriors: torch.Tensor, queries: torch.Tensor) -> torch.Tensor | None:
-        """As `answers`, differentiable, (m, classes) float64; None where the defense or the access has no formula."""
-        if not isinstance(self.defense, TensorDefense) or self.profile.reveals < Reveals.PROBS:
+        """As `answers`, differentiable, (m, classes) float64. None where the defense has no formula, or the access
+        cuts answers that the defense would let through."""
+        exposes = self.defense.exposes
+        whole = self.profile.reveals >= Reveals.PROBS or self.profile.meet(exposes) == exposes
+        if not (whole and isinstance(self.defense, TensorDefense)):
             return None
         info = None if self.info is None else torch.from_numpy(self.info[queries.cpu().numpy()]).to(posteriors.device)
         with self._in_state():

@@ -34,7 +34,7 @@ class DDAE:
     knows: ClassVar[str] = "the defense's code"
 
     def __init__(self, shadows: int = 20, share: float = 0.8, epochs: int = 200) -> None:
-        check(("shadows", shadows), epochs, share)
+        check(shadows=shadows, share=share, epochs=epochs)
         self.shadows, self.share, self.epochs = shadows, share, epochs
 
     def targets(self, transfer_set: TransferSet, knowledge: Knowledge) -> TransferSet:

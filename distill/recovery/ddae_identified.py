@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 FLOOR = 1e-7
 SHARPEST = 0.4  # temperature
+ENOUGH = 20_000  # answers of each candidate, all those of a shadow model or none
 
 
 class DDAEIdentified:
@@ -34,26 +35,27 @@ class DDAEIdentified:
     Departs from the paper, whose classifier learns which inputs to ask and trains 2,048 shadow models: this one sees of
     an answer its entries in descending order, the logarithms of these, and how often it was received; the shadow models
     are those of `ddae`, their answers sharpened by random temperatures. Defenses that do nearly the same (weak noise
-    and none) may be taken for one another.
-    A candidate with networks of its own is refused: the attacker would have to train them for each candidate.
+    and none) may be taken for one another, and where a defense changes most labels, shadow models are poor. A candidate
+    with networks of its own is refused, since the attacker would have to train them for each; so is a chain.
 
     Args:
         candidates: Defenses, at least two.
         shadows, share, epochs: As of `ddae`.
 
     Raises:
-        DistillError: An option is out of range, or a candidate has networks.
+        DistillError: An option is out of range, or a candidate is a chain or has networks.
     """
 
     knows: ClassVar[str] = "nothing"
 
     def __init__(self, candidates: Sequence[Defense], shadows: int = 20, share: float = 0.8, epochs: int = 200) -> None:
-        check(("shadows", shadows), epochs, share)
+        check(shadows=shadows, share=share, epochs=epochs)
         if len(candidates) < 2:
             raise DistillError("candidates must be at least two defenses")
         for candidate in candidates:
             if isinstance(candidate, NetworkDefense):
-                raise DistillError(f"candidates can't be defenses with networks, such as {type(candidate).__name__}")
+                name = type(candidate).__name__
+                raise DistillError(f"candidates can't be chains or defenses with networks, such as {name}")
         self.candidates = list(candidates)
         self.shadows, self.share, self.epochs = shadows, share, epochs
 
@@ -72,17 +74,15 @@ class DDAEIdentified:
     def _evidence(self, clean: np.ndarray, transfer_set: TransferSet, knowledge: Knowledge) -> np.ndarray:
         """(candidates,): the mean log-probability that each gives to the answers that were received."""
         rng, n = generator(knowledge.seed, "identifier"), len(transfer_set)
+        clean = clean[: max(1, ENOUGH // n) * n]
         # Shadow models know less than the teacher and so are less sure; the classifier must not take that for a sign.
         powers = 1 / rng.uniform(SHARPEST, 1.0, size=(len(clean), 1))
         sharper = (clean / clean.max(axis=1, keepdims=True)) ** powers
         sharper = (sharper / sharper.sum(axis=1, keepdims=True)).astype(np.float32)
-        rows = [
-            _features(answers)
-            for candidate in self.candidates
-            for answers in simulated(candidate, sharper, transfer_set, knowledge, remembers=False).reshape(
-                -1, n, clean.shape[1]
-            )
-        ]
+        rows = []
+        for candidate in self.candidates:
+            returned = simulated(candidate, sharper, transfer_set, knowledge, remembers=False)
+            rows += [_features(returned[start : start + n]) for start in range(0, len(returned), n)]
         kinds = np.repeat(np.arange(len(self.candidates)), len(clean))
         order = rng.permutation(len(kinds))
         classifier = trained(

@@ -38,7 +38,7 @@ class DDAEPlus:
     knows: ClassVar[str] = "the defense's code"
 
     def __init__(self, samples: int = 100_000, concentration: float = 8.0, epochs: int = 20) -> None:
-        check(("samples", samples), epochs)
+        check(samples=samples, epochs=epochs)
         if not 0 < concentration < np.inf:
             raise DistillError(f"concentration must be more than 0, not {concentration}")
         self.samples, self.concentration, self.epochs = samples, concentration, epochs

@@ -26,10 +26,10 @@ class DefenseInLoop:
     clean posterior. Threat model: the attacker knows the defense's code and options and simulates it for its own
     queries; the access policy too. The chosen objective is given log D(softmax(z)) in the place of logits.
 
-    The gradient goes through `TensorDefense.transform`. Through a defense without one, through an answer that is cut to
-    labels or to the top k, and through entries of D(F(x)) that are zero it goes straight, in log-probabilities: there
-    the logits move along ỹ - D(F(x)), and stop where the two agree. A defense that remembers is in the state in which
-    the answers left it.
+    The gradient goes through `TensorDefense.transform`. Through a defense without one, through an access that cuts its
+    answers to labels or to the top k, and through entries of D(F(x)) that are zero it goes straight, in
+    log-probabilities: there the logits move along ỹ - D(F(x)), and stop where the two agree. A defense that remembers
+    is in the state in which the answers left it.
 
     Many students can be behind one answer (reverse sigmoid makes the same of a flat and of a sharp posterior; a
     quantiser of a whole cell), and the gradient leads to the nearest. So the cross-entropy with the label of the answer
@@ -57,7 +57,7 @@ class DefenseInLoop:
         return replace(transfer_set, targets=transfer_set.posteriors)
 
     def lesson(self, transfer_set: TransferSet, objective: Objective, knowledge: Knowledge) -> Lesson:
-        """The queries and the answers; besides the objective's own, the targets are "query" and "label"."""
+        """The queries and the answers; besides the objective's own targets there are "in_loop_query" and "…_label"."""
         defense = _deterministic(knowledge)
         weight = self.label_weight * (1.0 if defense.keeps_argmax else UNSURE)
         targets = {

@@ -42,7 +42,7 @@ class PBayes:
     knows: ClassVar[str] = "the defense's code"
 
     def __init__(
-        self, samples: int = 1_000_000, concentration: float = 8.0, tolerance: float = 0.01, rounds: int = 3
+        self, samples: int = 1_000_000, concentration: float = 8.0, tolerance: float = 0.01, rounds: int = 5
     ) -> None:
         check(samples=samples, concentration=concentration, tolerance=tolerance, rounds=rounds)
         self.samples, self.concentration, self.tolerance, self.rounds = samples, concentration, tolerance, rounds

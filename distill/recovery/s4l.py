@@ -28,7 +28,7 @@ class S4L:
     The student has four outputs more while it is trained. The loss is the objective's mean over the answered queries
     plus `weight` times the mean cross-entropy of the turn over all turned images. Departs from the paper: a batch is
     drawn from answered and turned images together, not half from each, and the turned images get no label loss and no
-    other augmentation. An epoch has `images` times four rows more, so `training.epochs` counts for more.
+    other augmentation. An epoch has 4 × `images` rows more, so the same `training.epochs` are more steps.
 
     Args:
         weight: Of the turn's cross-entropy, more than 0.
@@ -52,8 +52,8 @@ class S4L:
         """`targets` = `posteriors`, (n, classes)."""
         spec = knowledge.pool.spec
         if spec.kind != "image" or spec.shape[0] != spec.shape[1]:
-            found = spec.kind + (f" {spec.shape[0]}×{spec.shape[1]}" if spec.kind == "image" else "")
-            raise DistillError(f"s4l turns square images; the inputs are of kind {found}: choose another", "recovery")
+            found = f"images of {spec.shape[0]}×{spec.shape[1]}" if spec.kind == "image" else f"{spec.kind}s"
+            raise DistillError(f"s4l turns square images, and these inputs are {found}; choose another", "recovery")
         return replace(transfer_set, targets=transfer_set.posteriors)
 
     def lesson(self, transfer_set: TransferSet, objective: Objective, knowledge: Knowledge) -> Lesson:

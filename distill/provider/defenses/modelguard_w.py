@@ -11,7 +11,7 @@ from distill.randomness import KeyedRandom
 from distill.records import Answers, InterfaceProfile, Reveals
 
 ROWS = 4096  # solved at once: what a processor's cache holds
-HALVINGS = 36  # of an interval that is at most one long
+HALVINGS = 36  # of an interval at most one long: kinks of the cost less than 2e-11 apart count as one
 SLACK = 1e-12  # of a constraint, far above rounding and far below float32
 FLAT = 1e-9  # slopes below this count as zero, so that rounding does not choose between optima
 
@@ -96,9 +96,8 @@ class ModelGuardW:
 
 @dataclass(frozen=True)
 class _Pattern:
-    """Which class does what in the best answer for one τ; integers count classes, most others are truth values.
-
-    All (n,)."""
+    """Which class does what in the best answer for one τ. All (n,): numbers of classes or, from `unbound` on but for
+    `filled`, truth values."""
 
     above: torch.Tensor  # 1.0 where τ is not below the clean posterior of the label, else 0.0
     free: torch.Tensor  # classes whose clean posterior is below the cap; those behind them are forced down to it
@@ -133,15 +132,15 @@ class _Program:
         above = (tau >= self.top).to(tau)
         free = below(self.searched[0], cap)
         fill, drain = self._moved(above, free, tau)
-        lies = at(self.sums, free)
+        under = at(self.sums, free)
         full, most = torch.zeros_like(free), free
         for _ in range(self.classes.bit_length()):  # what fills the first j classes up to the cap grows with j
             middle = (full + most + 1) >> 1
             fits = middle * cap - at(self.sums, middle) <= fill
             full, most = torch.where(fits, middle, full), torch.where(fits, most, middle - 1)
-        left = drain - (self.classes - free) * cap  # once all that were forced to the cap are emptied
-        emptied = self.classes - below(self.searched[1], lies - left)
-        drained = torch.where(left >= 0, emptied, (drain / cap).floor().clamp(min=0).long())
+        spare = drain - (self.classes - free) * cap  # once all that were forced to the cap are emptied
+        emptied = self.classes - below(self.searched[1], under - spare)
+        drained = torch.where(spare >= 0, emptied, (drain / cap).floor().clamp(min=0).long())
         filled = ((1 - tau) / cap).floor().long().clamp(max=self.classes - 1)
         whole = torch.minimum(filled, free)
         needed = whole * cap - at(self.sums, whole) + (1 - tau - filled * cap - at(self.others, filled)).clamp(min=0)
