@@ -6,13 +6,14 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_model, save_model
 
 from distill import transfer
@@ -62,6 +63,7 @@ from distill.training import measure as measure_size
 log = logging.getLogger(__name__)
 
 SAMPLES = 100  # rows of the test set that samples.jsonl shows
+OUTLIERS = 2_000  # inputs from elsewhere that the evaluation asks about
 DEFENSE_STATE = "defense_state.npz"
 
 WEIGHTS = "model.safetensors"
@@ -305,7 +307,7 @@ class Experiment:
         student: Student = build(config.student, "student")
         recipe: Recipe = build(config.training, "training")
         metrics: dict[str, Metric] = build(config.metric, "metric")
-        data: Dataset = build(config.data, "data").load()
+        data = _load(_described(config.data))
         profile = (
             InterfaceProfile.parse(config.access.profile, config.access.top_k)
             .meet(defense.exposes)
@@ -319,10 +321,9 @@ class Experiment:
         pool: Examples = build(config.pool, "pool").load(data)
         if len(pool) == 0:
             raise DistillError("the pool is empty", "pool")
-        outliers: Examples | None = None
+        outliers = None
         if config.outliers is not None:
-            outliers = build(config.outliers, "outliers").load(data)
-            outliers = outliers.take(generator(0, "outliers").permutation(len(outliers))[: len(data.test)])
+            outliers = _load_outliers(_described(config.outliers), _described(config.data))
         student.build(data.spec, data.classes)  # an architecture that can't read these inputs is told now
         teacher.prepare(data, trainer, cache_dir())
         serving = teacher
@@ -496,6 +497,25 @@ def open_experiment(config: Any, trainer: Trainer, choices: dict[str, str], quer
     from distill.language_experiment import LanguageExperiment
 
     return LanguageExperiment.build(config, trainer, choices, queries)
+
+
+def _described(node: Any) -> str:
+    """A config node as text, with the contents of the files that it names."""
+    return json.dumps([OmegaConf.to_container(node, resolve=True), identity(node)])
+
+
+@lru_cache(maxsize=1)
+def _load(data: str) -> Dataset:
+    """The data that a node describes, once for all jobs of a sweep."""
+    return build(json.loads(data)[0], "data").load()
+
+
+@lru_cache(maxsize=1)
+def _load_outliers(pool: str, data: str) -> Examples:
+    """Some inputs of a pool, once for all jobs of a sweep."""
+    drawn: Examples = build(json.loads(pool)[0], "outliers").load(_load(data))
+    rows = generator(0, "outliers").permutation(len(drawn))[:OUTLIERS]
+    return replace(drawn.take(rows), inputs=drawn.inputs[rows])
 
 
 def check_domain(config: Any, choices: dict[str, str], language: bool) -> None:

@@ -106,7 +106,8 @@ class AdaptiveMisinformation:
     def transform(self, posteriors: torch.Tensor, info: torch.Tensor | None) -> torch.Tensor:
         """See `distill.contracts.TensorDefense`."""
         assert info is not None  # what `query_info` gave
-        share = torch.sigmoid(self.nu * (self.tau - posteriors.amax(dim=1, keepdim=True)))
+        # torch.sigmoid rounds a number differently by its place in the batch; beyond ±700 exp would overflow.
+        share = 1 / (1 + torch.exp((self.nu * (posteriors.amax(dim=1, keepdim=True) - self.tau)).clamp(-700, 700)))
         return (1 - share) * posteriors + share * info.to(posteriors)
 
 

@@ -26,7 +26,7 @@ class ReverseSigmoid:
 
     The label survives every answer of any number of classes exactly where ``gamma >= 1``, ``beta gamma <= 1`` and
     ``beta < 1``, and that is when it is claimed. With ``gamma < 1`` the bound on beta depends on the number of
-    classes K: `largest_beta` (at gamma 0.2: 1.03 for K = 2, 0.29 for 10, 0.05 for 100).
+    classes K: `largest_beta` (at gamma 0.2: 1.03 for K = 2, 0.29 for 10, 0.04 for 100).
 
     Args:
         beta: How much an entry moves, at least 0.
