@@ -98,7 +98,7 @@ class Repeating:
             note: For the card.
         """
         labels_only = asked.profile == "label"
-        rows, made, answers = [np.empty(0, dtype=np.int64)], [], [no_answers(asked)]
+        rows, made, answers = [np.empty(0, dtype=np.int64)], [], [_no_answers(asked)]
         for queries, grouped, told in self._asked:
             of_pool = np.zeros(len(grouped), dtype=bool)
             if queries.from_pool:
@@ -142,7 +142,7 @@ class Grouped:
         return inputs
 
 
-def no_answers(asked: TransferSet) -> Answers:
+def _no_answers(asked: TransferSet) -> Answers:
     """None, as an array."""
     return Answers(asked.posteriors[:0], None if asked.logits is None else asked.logits[:0])
 

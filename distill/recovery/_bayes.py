@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from distill.contracts import Knowledge
 from distill.errors import DistillError
@@ -46,9 +47,9 @@ def estimated(
     Args:
         api: The simulated defense.
         received: (n, classes) float32.
-        centres: (n, classes), means of the prior.
-        samples: How many posteriors are drawn in all; as many around each centre.
-        concentration: The prior of query i is Dirichlet(concentration · classes · centre i).
+        centres: (c, n, classes), means of the prior: a sample of query i is drawn around one of its c centres.
+        samples: How many posteriors are drawn in all; as many for each query.
+        concentration: They are from Dirichlet(concentration · classes · centre).
         tolerance: In L1.
         rng: What draws.
 
@@ -57,7 +58,7 @@ def estimated(
     """
     times = max(1, samples // len(received))
     drawn = draw(concentration * received.shape[1] * centres.astype(np.float64), times, rng)
-    simulated = api.answers(drawn, np.tile(np.arange(len(received)), times))
+    simulated = _answers(api, drawn, np.tile(np.arange(len(received)), times))
     if api.info is not None:
         return own(received, simulated, drawn, tolerance)
     distinct, which = np.unique(received, axis=0, return_inverse=True)
@@ -65,13 +66,26 @@ def estimated(
 
 
 def draw(parameters: np.ndarray, times: int, rng: np.random.Generator) -> np.ndarray:
-    """(times · n, classes) float32: a draw of each of n Dirichlet distributions, then another of each, and so on."""
-    drawn = np.empty((times, *parameters.shape), dtype=np.float32)
-    step = max(1, ENTRIES // parameters.size)
+    """(times · n, classes) float32: a draw for each of n queries, then another for each, and so on.
+
+    `parameters`: (c, n, classes), c Dirichlet distributions for each query, which take turns.
+    """
+    turns, (n, classes) = np.arange(times) % len(parameters), parameters.shape[1:]
+    drawn = np.empty((times, n, classes), dtype=np.float32)
+    step = max(1, ENTRIES // (n * classes))
     for start in range(0, times, step):
-        gammas = rng.standard_gamma(parameters, size=drawn[start : start + step].shape)
+        gammas = rng.standard_gamma(parameters[turns[start : start + step]])
         drawn[start : start + step] = gammas / gammas.sum(axis=2, keepdims=True)
-    return drawn.reshape(-1, parameters.shape[1])
+    return drawn.reshape(-1, classes)
+
+
+def _answers(api: SimulatedApi, drawn: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Of a defense that remembers the formula, where there is one: it is quicker, and doesn't remember the samples."""
+    if api.state:
+        returned = api.transform(torch.from_numpy(drawn.astype(np.float64)), torch.from_numpy(queries))
+        if returned is not None:
+            return returned.numpy().astype(np.float32)
+    return api.answers(drawn, queries)
 
 
 def shared(received: np.ndarray, simulated: np.ndarray, posteriors: np.ndarray, tolerance: float) -> np.ndarray:

@@ -39,7 +39,7 @@ class PBayesOracle:
         targets = estimated(
             simulated_api(transfer_set, knowledge),
             transfer_set.posteriors,
-            knowledge.clean,
+            knowledge.clean[None],
             self.samples,
             self.concentration,
             self.tolerance,

@@ -33,8 +33,10 @@ from distill.config import CONFIG_DIR, build
 from distill.contracts import Defense
 from distill.provider.defenses.modelguard_s import ModelGuardS
 from distill.provider.defenses.modelguard_w import ModelGuardW
-from distill.randomness import KeyedRandom
-from distill.records import Answers, content_keys
+from distill.randomness import KeyedRandom, generator
+from distill.records import Answers, InterfaceProfile, Reveals, content_keys
+from distill.recovery._bayes import SLACK, draw, estimated, shared
+from distill.recovery._simulated import SimulatedApi
 
 ROWS = {10: 65_536, 100: 16_384}
 ASKED = {10: 50_000, 100: 5_000}
@@ -242,6 +244,35 @@ def grad2(classes: int) -> Contest:
     )
 
 
+def pbayes() -> Contest:
+    """10,000 answers of a reverse sigmoid looked up in a table of 1,000,000, drawing and answering it included."""
+    classes, n = 10, 10_000
+    clean, defense = posteriors(classes, n), made("reverse_sigmoid")
+    keys = content_keys(np.arange(n, dtype=np.float32)[:, None])
+    api = SimulatedApi(defense, InterfaceProfile(Reveals.PROBS), keys, None, {}, 0)
+    received = api.answers(clean, np.arange(n))
+    drawn = draw(8.0 * classes * (0.99 * received[None].astype(np.float64) + 0.01 / classes), 100, generator(0))
+    simulated, few = api.answers(drawn, np.tile(np.arange(n), 100)), 20
+
+    def scan() -> np.ndarray:
+        means = []
+        for answer in received[:few].astype(np.float64):
+            away = np.abs(simulated - answer).sum(axis=1)
+            away[simulated.argmax(axis=1) != answer.argmax()] = np.inf
+            means.append(drawn[away <= max(0.01, away.min()) + SLACK].astype(np.float64).mean(axis=0))
+        return np.array(means)
+
+    return Contest(
+        "pBayes, K=10, a table of 1,000,000: a scan for each row",
+        "167 rows/s",
+        n,
+        lambda: estimated(api, received, received[None], 1_000_000, 8.0, 0.01, generator(0)),
+        few,
+        scan,
+        lambda: float(np.abs(shared(received, simulated, drawn, 0.01)[:few] - scan()).max()),
+    )
+
+
 NO_NOISE = KeyedRandom(0, np.zeros(0, "S16"), np.zeros(0, np.int64))
 CONTESTS: list[Callable[[], Contest]] = [
     lambda: modelguard_w(10),
@@ -250,6 +281,7 @@ CONTESTS: list[Callable[[], Contest]] = [
     mad_argmax,
     lambda: grad2(10),
     lambda: grad2(100),
+    pbayes,
 ]
 
 
