@@ -190,6 +190,22 @@ def test_outputs_that_help_to_train_are_cut_off_later(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.predict(experiment.data.test.inputs), logits)
 
 
+def test_defenses_and_recoveries_share_one_pass_of_the_teacher(tmp_path: Path) -> None:
+    """Of all cells of a grid together, the teacher computes each query and each test row once."""
+    forwards = []
+    for defense in ("none", "rounding", "reverse_sigmoid", "modelguard_s"):
+        for recovery in ("as_returned", "top1"):
+            cell = tmp_path / f"{defense}-{recovery}"
+            words = (f"defense={defense}", f"recovery={recovery}", "teacher.seed=77", "teacher.recipe.epochs=2")
+            experiment = an_experiment(cell, *words)
+            transfer_set, _ = query(experiment)
+            experiment.students.fit(transfer_set, experiment.pool)
+            experiment.provider.clean(experiment.data.test.inputs)
+            experiment.provider.returned(experiment.data.test.inputs)
+            forwards.append(experiment.provider.cost().teacher_forwards)
+    assert forwards == [60 + 360, *[0] * 7]
+
+
 # --- a defense of training ------------------------------------------------------------------------------------------
 
 
