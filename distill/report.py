@@ -39,6 +39,16 @@ NUMBERS: dict[str, Any] = {
 }
 UNKNOWN = "–"  # the run did not measure it
 
+# What a defense costs honest users: title and name in `Result.utility`.
+COSTS = {
+    "accuracy lost": "accuracy_lost",
+    "L1 mean": "l1_mean",
+    "max": "l1_max",
+    "KL": "kl",
+    "ECE": "ece",
+    "NLL": "nll",
+    "OOD AUROC": "ood_auroc",
+}
 CONTROL = "ground_truth_answers"
 HOW_TAUGHT = ("defense", "attack", "access", "signal", "rollout", "objective")  # in these a control may differ
 
@@ -169,6 +179,11 @@ def show_result(run_dir: Path) -> None:
     console = _console()
     console.print(f"\n{title}")
     console.print(table)
+    if result.utility.get("l1_max"):
+        costs = [f"{title} {result.utility[name]:.4f}" for title, name in COSTS.items() if name in result.utility]
+        if "latency_s" in result.utility:
+            costs.append(f"{1000 * result.utility['latency_s']:.3f} ms later")
+        console.print(f"honest users get: {', '.join(costs)}", soft_wrap=True)
     for flag in result.flags:
         console.print(f"note: {flag}", soft_wrap=True)
     console.print(f"n = {result.test_rows} test rows, seed {result.seed}; run: {_short(run_dir)}", soft_wrap=True)

@@ -242,7 +242,9 @@ def test_the_evaluation_compares_with_the_undefended_teacher(tmp_path: Path) -> 
 
 def test_honest_users_see_all_that_a_defense_costs(tmp_path: Path) -> None:
     words = ("+experiment=quickstart", "defense=reverse_sigmoid", "budget.queries=60", "training.epochs=2", "curve=[]")
-    distill("train", *words, "pool@outliers=noise", cwd=tmp_path)
+    said = distill("train", *words, "pool@outliers=noise", cwd=tmp_path).stdout
+    assert "honest users get: accuracy lost " in said
+    assert ", OOD AUROC 0." in said
     (path,) = (tmp_path / "outputs").glob("*/*/result.json")
     result = json.loads(path.read_text())
     utility = result["utility"]
