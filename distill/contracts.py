@@ -78,7 +78,9 @@ class Teacher(Protocol):
     rows_at_once: int
     parameters: int | None
     flops_per_query: float | None
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def prepare(self, data: Dataset, trainer: Any, cache: Path) -> None:
         """Load the model, or train it once with `trainer` (a `distill.training.Trainer`) and keep it under `cache`.
@@ -340,6 +342,10 @@ class TrainingRecovery(Recovery, Protocol):
     """
 
     extra_outputs: int
+
+    def check(self, spec: InputSpec, defense: Defense) -> None:
+        """Raises `DistillError`, before any query is spent, where it can't work with such inputs or answers."""
+        ...
 
     def lesson(self, transfer_set: TransferSet, objective: Objective, knowledge: Knowledge) -> Lesson:
         """What to train on, given the transfer set with its targets and the objective that was chosen."""

@@ -27,7 +27,6 @@ from distill.contracts import (
     Metric,
     NetworkDefense,
     Objective,
-    Predictor,
     Recovery,
     StatefulDefense,
     Student,
@@ -36,7 +35,7 @@ from distill.contracts import (
     of_language,
 )
 from distill.errors import DistillError
-from distill.kept import train_once, weights_hash
+from distill.kept import Kept, train_once, weights_hash
 from distill.launch import write_atomically
 from distill.provider.ledger import Ledger
 from distill.provider.oracle import serve
@@ -108,11 +107,13 @@ class TrainedStudent:
 
 @dataclass
 class StandIn:
-    """A student in its teacher's place, for an attacker who plays the provider with a defense whose code it knows."""
+    """A student in its teacher's place, for an attacker who plays the provider with a defense whose code it knows.
+
+    It is trained when a defense first asks for it: many don't.
+    """
 
     students: StudentTrainer
-    student: Predictor
-    fingerprint: str
+    learn: Callable[[], TrainedStudent | Kept]
     output: Reveals = Reveals.LOGITS
     usd_per_query: float = 0.0
     remote: bool = False
@@ -120,8 +121,16 @@ class StandIn:
     parameters: int | None = None
     flops_per_query: float | None = None
 
+    @cached_property
+    def student(self) -> TrainedStudent | Kept:
+        return self.learn()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return weights_hash(self.student.module)
+
     def prepare(self, data: Dataset, trainer: Any, cache: Path) -> None:
-        """It is trained already."""
+        """There is nothing to load."""
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """(n, classes) float32 logits."""
@@ -135,21 +144,16 @@ class StandIn:
     ) -> StandIn:
         """The student's architecture and recipe with another loss (`distill.contracts.TrainableTeacher`)."""
         own = self.students
-        network = train_once(
-            own.student,
-            own.spec,
-            len(own.class_names),
-            inputs,
-            targets,
-            objective,
-            own.recipe,
+        learn = partial(
+            train_once,
+            *(own.student, own.spec, len(own.class_names), inputs, targets, objective, own.recipe),
             trainer=own.trainer,
             cache=cache,
             seed=own.seed,
             name=name,
             key="student",
         )
-        return StandIn(own, network, network.fingerprint)
+        return StandIn(own, learn)
 
 
 @dataclass
@@ -203,19 +207,22 @@ class StudentTrainer:
         """
         if transfer_set.targets is not None:
             plain = replace(self, recovery=_AsGiven())
-            return plain._learn(transfer_set, plain._lesson(transfer_set, pool), name, directory)
+            return plain._learn(plain._lesson(transfer_set, pool), name, directory)
         knowledge = self._knowledge(transfer_set, pool)
         recovered = self.recovery.targets(transfer_set, knowledge)
         if isinstance(self.recovery, TrainingRecovery):
             lesson = self.recovery.lesson(recovered, self.objective, knowledge)
         else:
             lesson = self._lesson(recovered, pool)
-        return self._learn(recovered, lesson, name, directory)
+        student = self._learn(lesson, name, directory)
+        if recovered.note != transfer_set.note:  # what the recovery found out
+            student.history["note"] = recovered.note
+        return student
 
     def _lesson(self, recovered: TransferSet, pool: Examples) -> Lesson:
         return Lesson(recovered.inputs(pool), self.objective.prepare(recovered), self.objective)
 
-    def _learn(self, recovered: TransferSet, lesson: Lesson, name: str, directory: Path | None) -> TrainedStudent:
+    def _learn(self, lesson: Lesson, name: str, directory: Path | None) -> TrainedStudent:
         fresh = self.untrained()
         fresh.history = self.trainer.fit(
             fresh.module,
@@ -249,8 +256,8 @@ class StudentTrainer:
             labels = transfer_set.posteriors.argmax(axis=1)
             asked = Examples(transfer_set.inputs(pool), self.spec, labels, self.class_names, "the attacker's queries")
             data = Dataset(asked.name, self.spec, self.class_names, asked, asked.take(np.arange(0)), pool)
-            student = self.fit(replace(transfer_set, targets=transfer_set.posteriors), pool, "stand-in")
-            stand_in = StandIn(self, student, weights_hash(student.module))
+            believed = replace(transfer_set, targets=transfer_set.posteriors)
+            stand_in = StandIn(self, partial(self.fit, believed, pool, "stand-in"))
             copied.prepare(stand_in, data, self.trainer, cache_dir(), derive(self.seed, "copy of the defense"))
         return copied
 
@@ -318,6 +325,8 @@ class Experiment:
             raise DistillError(f"{profile.top_k} is more than the {data.classes} classes of {data.name}", key)
         check_profile("attack", attack, choices, profile)
         check_profile("objective", objective, choices, profile)
+        if isinstance(recovery, TrainingRecovery):
+            recovery.check(data.spec, defense)
         pool: Examples = build(config.pool, "pool").load(data)
         if len(pool) == 0:
             raise DistillError("the pool is empty", "pool")

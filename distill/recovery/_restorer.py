@@ -18,6 +18,7 @@ from distill.recovery._simulated import SimulatedApi
 from distill.training import Features, Recipe, TensorFeatures
 
 BATCH = 1024
+STEPS = 16  # of an epoch, at least: with fewer rows a batch is smaller
 
 
 def check(*, epochs: int, share: float = 1.0, **at_least_two: int) -> None:
@@ -29,13 +30,6 @@ def check(*, epochs: int, share: float = 1.0, **at_least_two: int) -> None:
         raise DistillError(f"epochs must be at least 1, not {epochs}")
     if not 0 < share <= 1:
         raise DistillError(f"share must be more than 0 and at most 1, not {share}")
-
-
-def code(knowledge: Knowledge) -> Defense:
-    """The defense, of a recovery that knows its code."""
-    if knowledge.defense is None:
-        raise ValueError("this recovery knows the defense's code")
-    return knowledge.defense
 
 
 def shadow_answers(transfer_set: TransferSet, knowledge: Knowledge, shadows: int, share: float) -> np.ndarray:
@@ -81,7 +75,8 @@ def restored(
     """
     if np.array_equal(returned, clean):  # there is nothing to undo
         return replace(transfer_set, targets=transfer_set.posteriors, logits=None)
-    recipe = Recipe(epochs=epochs, batch_size=BATCH, optimizer="sgd", lr=0.01, momentum=0.9, schedule="cosine")
+    batch = min(BATCH, max(2, len(clean) // STEPS))
+    recipe = Recipe(epochs=epochs, batch_size=batch, optimizer="sgd", lr=0.01, momentum=0.9, schedule="cosine")
     restorer = trained(
         "restorer", clean.shape[1], returned, {"posteriors": torch.from_numpy(clean)}, L1(), recipe, knowledge
     )

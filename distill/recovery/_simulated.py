@@ -107,6 +107,13 @@ class SimulatedApi:
             self.defense.restore(found)
 
 
+def code(knowledge: Knowledge) -> Defense:
+    """The defense, of a recovery that knows its code."""
+    if knowledge.defense is None:
+        raise ValueError("this recovery knows the defense's code")
+    return knowledge.defense
+
+
 def _profile(told: str) -> InterfaceProfile:
     """What `str` of a profile says."""
     name, _, k = told.rpartition("_")

@@ -26,7 +26,7 @@ ENOUGH = 20_000  # answers of each candidate, all those of a shadow model or non
 class DDAEIdentified:
     """D-DAE against a defense that is not known: which of several candidates it is, is told from the answers first.
 
-    Paper: D-DAE: Defense-Penetrating Model Extraction Attacks, Chen, Guan, Gong, Wang and Wang, IEEE S&P 2023 (its
+    Paper: D-DAE: Defense-Penetrating Model Extraction Attacks, Chen et al., IEEE S&P 2023 (its
     meta-classifier). The answers of shadow models are put through each candidate; a classifier learns to tell from a
     single answer which it went through, and the candidate with the largest log-probability, averaged over all answers
     that were received, is taken for the deployed one. Then as `ddae`. Threat model: the attacker knows the candidates'

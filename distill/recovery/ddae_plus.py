@@ -8,7 +8,8 @@ from distill.contracts import Knowledge
 from distill.errors import DistillError
 from distill.randomness import generator
 from distill.records import TransferSet
-from distill.recovery._restorer import check, code, restored, simulated
+from distill.recovery._restorer import check, restored, simulated
+from distill.recovery._simulated import code
 
 FLOOR = 1e-3  # the least parameter of a Dirichlet distribution
 

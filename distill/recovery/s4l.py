@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from distill.contracts import Knowledge, Lesson, Objective
+from distill.contracts import Defense, Knowledge, Lesson, Objective
 from distill.errors import DistillError
 from distill.randomness import generator
-from distill.records import Inputs, TransferSet
+from distill.records import Inputs, InputSpec, TransferSet
 
 TURNS = 4  # by 0, 90, 180 and 270 degrees, counterclockwise
 
@@ -20,15 +20,15 @@ TURNS = 4  # by 0, 90, 180 and 270 degrees, counterclockwise
 class S4L:
     """Self-supervision beside the answers: the student also tells by how much unlabelled images of the pool are turned.
 
-    Paper: S4L: Self-Supervised Semi-Supervised Learning, Zhai, Oliver, Kolesnikov and Beyer, ICCV 2019, section 4.1
-    (S4L-Rotation) and equation 1 (weight 1); as an attack on defended answers in ModelGuard, Tang et al., USENIX
-    Security 2024. Threat model: the attacker's pool holds more images than its budget pays answers for; knows nothing
-    of the defense.
+    Paper: S4L: Self-Supervised Semi-Supervised Learning, Zhai, Oliver, Kolesnikov and Beyer, ICCV 2019
+    (S4L-Rotation, weight 1); as an attack on defended answers in ModelGuard, Tang et al., USENIX Security 2024. Threat
+    model: the attacker's pool holds more images than its budget pays answers for; knows nothing of the defense.
 
     The student has four outputs more while it is trained. The loss is the objective's mean over the answered queries
     plus `weight` times the mean cross-entropy of the turn over all turned images. Departs from the paper: a batch is
     drawn from answered and turned images together, not half from each, and the turned images get no label loss and no
-    other augmentation. An epoch has 4 × `images` rows more, so the same `training.epochs` are more steps.
+    other augmentation. An epoch has 4 × `images` rows more, so the same `training.epochs` are more steps:
+    compare it with a student that is trained for as many.
 
     Args:
         weight: Of the turn's cross-entropy, more than 0.
@@ -50,11 +50,13 @@ class S4L:
 
     def targets(self, transfer_set: TransferSet, knowledge: Knowledge) -> TransferSet:
         """`targets` = `posteriors`, (n, classes)."""
-        spec = knowledge.pool.spec
+        return replace(transfer_set, targets=transfer_set.posteriors)
+
+    def check(self, spec: InputSpec, defense: Defense) -> None:
+        """Raises `DistillError` for all but square images."""
         if spec.kind != "image" or spec.shape[0] != spec.shape[1]:
             found = f"images of {spec.shape[0]}×{spec.shape[1]}" if spec.kind == "image" else f"{spec.kind}s"
             raise DistillError(f"s4l turns square images, and these inputs are {found}; choose another", "recovery")
-        return replace(transfer_set, targets=transfer_set.posteriors)
 
     def lesson(self, transfer_set: TransferSet, objective: Objective, knowledge: Knowledge) -> Lesson:
         """The queries, then the turned images; besides the objective's own (0 for these), a target "s4l_turn"."""
