@@ -15,12 +15,12 @@ from commands import distill
 from test_contracts import an_experiment
 from toys import ToyTeacher, a_pool, a_provider, collect, tables
 
-from distill.contracts import Knowledge, Lesson, NetworkDefense, StatefulDefense
+from distill.contracts import Defense, Knowledge, Lesson, NetworkDefense, StatefulDefense
 from distill.errors import DistillError
 from distill.metrics.ood_auroc import OODAUROC
 from distill.query import query
 from distill.randomness import KeyedRandom
-from distill.records import Answers, Dataset, InterfaceProfile, Reveals, TransferSet, one_hot, softmax
+from distill.records import Answers, Dataset, InputSpec, InterfaceProfile, Reveals, TransferSet, one_hot, softmax
 
 
 class Counting:
@@ -162,6 +162,9 @@ class WithTwoMore:
     def targets(self, transfer_set: TransferSet, knowledge: Knowledge) -> TransferSet:
         return replace(transfer_set, targets=transfer_set.posteriors)
 
+    def check(self, spec: InputSpec, defense: Defense) -> None:
+        pass
+
     def lesson(self, transfer_set: TransferSet, objective: Any, knowledge: Knowledge) -> Lesson:
         outer = self
 
@@ -204,6 +207,11 @@ def test_defenses_and_recoveries_share_one_pass_of_the_teacher(tmp_path: Path) -
             experiment.provider.returned(experiment.data.test.inputs)
             forwards.append(experiment.provider.cost().teacher_forwards)
     assert forwards == [60 + 360, *[0] * 7]
+
+
+def test_a_recovery_that_can_not_work_is_refused_before_a_query(tmp_path: Path) -> None:
+    with pytest.raises(DistillError, match="draws new noise for each answer; use recovery=average"):
+        an_experiment(tmp_path, "recovery=defense_in_loop", "defense=gaussian_noise")
 
 
 # --- a defense of training ------------------------------------------------------------------------------------------

@@ -355,7 +355,7 @@ def test_the_query_information_goes_with_its_query(world: World) -> None:
 
 def test_noise_cannot_be_followed(world: World) -> None:
     with pytest.raises(DistillError, match="average"):
-        DefenseInLoop().targets(world.asked(GaussianNoise()), world.knows(GaussianNoise()))
+        DefenseInLoop().check(world.knowledge.pool.spec, GaussianNoise())
 
 
 # --- rotations ------------------------------------------------------------------------------------------------------
@@ -423,7 +423,6 @@ def test_a_student_learns_turns_and_classes(world: World) -> None:
 
 
 @pytest.mark.parametrize("spec", [InputSpec("table", (6,)), InputSpec("text"), InputSpec("image", (8, 6, 1))])
-def test_only_square_images_are_turned(spec: InputSpec, world: World) -> None:
-    knowledge = replace(world.knowledge, pool=Examples(np.zeros((3, *spec.shape)), spec))
+def test_only_square_images_are_turned(spec: InputSpec) -> None:
     with pytest.raises(DistillError, match="square images"):
-        S4L().targets(world.asked(NoDefense()), knowledge)
+        S4L().check(spec, NoDefense())

@@ -68,9 +68,7 @@ class DefenseInLoop:
 
     def lesson(self, transfer_set: TransferSet, objective: Objective, knowledge: Knowledge) -> Lesson:
         """The queries and the answers; besides the objective's own targets there are "in_loop_query" and "…_label"."""
-        defense = knowledge.defense
-        if defense is None:
-            raise ValueError("the defense is known to whoever knows its code")
+        defense = code(knowledge)
         self.check(knowledge.pool.spec, defense)
         weight = self.label_weight * (1.0 if defense.keeps_argmax else UNSURE)
         targets = {
