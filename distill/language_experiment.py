@@ -198,6 +198,8 @@ class LanguageExperiment:
             raise DistillError(f"is at least 1, not {config.samples}", "samples")
         if any(not 0 < share < 1 for share in config.curve):
             raise DistillError("shares of the budget between 0 and 1, such as [0.1,0.3]", "curve")
+        if config.outliers is not None:
+            raise DistillError("asks classifiers about inputs from elsewhere; leave it null for text", "outliers")
         if choices["defense"] != "none":
             raise DistillError(
                 f"{choices['defense']} defends classifiers; text is answered with defense=none", "defense"
