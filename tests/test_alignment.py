@@ -70,9 +70,10 @@ CHARACTER = characters()
 COARSE = byte_level(["abc abd 1+2=3; héllo wörld 東京 🎉🎊 the cat sat on the mat"] * 20, 320)
 FINE = byte_level([""], 262)
 FALLBACK = byte_fallback()
+NAMED = {token for tokenizer in (COARSE, FINE, FALLBACK) for token in tokenizer.all_special_tokens}
 UNICODE = st.text(
     st.characters(exclude_categories=["Cs"]) | st.sampled_from("ab héllo 東京🎉, \ufffd\uff01"), max_size=30
-)
+).filter(lambda text: not any(token in text for token in NAMED))  # a special token has no bytes
 
 
 def plain(one: list[int], other: list[int]) -> tuple[list[int], list[int]]:
@@ -115,6 +116,12 @@ def test_where_tokens_end(tokenizer: Any, text: str) -> None:
         told = tokenizer.decode(ids[: i + 1], clean_up_tokenization_spaces=False)
         if "\ufffd" not in told:
             assert text.encode()[:end].decode() == told
+
+
+@pytest.mark.parametrize("tokenizer", [COARSE, FINE])
+def test_nothing_is_known_behind_a_special_token_that_the_text_names(tokenizer: Any) -> None:
+    ids = tokenizer("a<|user|>b").input_ids
+    assert Boundaries(tokenizer).ends([*ids, tokenizer.eos_token_id], "a<|user|>b").tolist() == [1, 1, -1, -1]
 
 
 def test_characters_end_one_by_one() -> None:
