@@ -29,6 +29,8 @@ QUERY_GROUPS = (
 STUDENT_GROUPS = (
     *("recovery", "signal", "rollout", "objective", "student", "training", "max_length", "metric", "outliers", "curve"),
 )
+# What the queries of an attack that adapts depend on besides: the students that it trains on the way.
+LEARNER_GROUPS = ("recovery", "objective", "student", "training")
 # Keys that say where or how fast, not what; they are left out of every identity.
 NOT_IDENTITY = frozenset(
     {
@@ -237,7 +239,18 @@ def _select(config: Any, groups: tuple[str, ...]) -> dict[str, Any]:
 
 def query_id(config: Any) -> str:
     """Identifies a transfer set: everything that the answers depend on."""
-    return digest(_select(config, QUERY_GROUPS))
+    return digest(_select(config, QUERY_GROUPS + (LEARNER_GROUPS if _adapts(config.attack) else ())))
+
+
+def _adapts(attack: Any) -> bool:
+    """Whether this attack, or one inside of it, asks what depends on students."""
+    if not isinstance(attack, (Mapping, DictConfig)):
+        return False
+    if "_target_" in attack:
+        kind = locate(attack["_target_"], "attack")
+        if "adapts" in dir(kind) and kind.adapts:
+            return True
+    return any(_adapts(attack[name]) for name in attack)
 
 
 def run_id(config: Any) -> str:

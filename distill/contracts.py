@@ -240,19 +240,53 @@ class Apprentice(Protocol):
 
     class_names: tuple[str, ...]
 
-    def fit(self, transfer_set: TransferSet, pool: Examples) -> Predictor:
+    def fit(self, transfer_set: TransferSet, pool: Examples) -> Learner:
         """A student trained from fresh weights, the same each time for the same transfer set.
 
         Its recovery is applied, unless the transfer set has its `targets` already.
         """
         ...
 
+    def fresh(self, number: int = 0) -> Learner:
+        """An untrained student, for an attack that trains it by itself. Number 0 starts where `fit` starts."""
+        ...
+
+    def show(self, own: Predictor, queries: int) -> None:
+        """Hand in the attack's own student as it is after so many answers: track B, of which the last one counts and
+        the others are its curve. Each is evaluated, so some ten in a run are enough.
+
+        An attack whose own training is `fit` on all that it asked hands in nothing: that is track A.
+        """
+        ...
+
 
 class Predictor(Protocol):
-    """A trained student."""
+    """A student that answers."""
 
     def predict(self, inputs: Inputs) -> np.ndarray:
         """(n, classes) float32 logits."""
+        ...
+
+
+class Learner(Predictor, Protocol):
+    """A student whose network is here. Of images and tables alone, in `logits`.
+
+    Attributes:
+        module: The network, on `device`. `predict` puts it in evaluation mode.
+        device: Where it computes.
+    """
+
+    module: torch.nn.Module
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(n, classes) logits in the mode that the module is in, differentiable in inputs and weights.
+
+        Args:
+            inputs: (n, height, width, channels) float32 pixels in [0, 1], or (n, features) float32 columns.
+        """
         ...
 
 
@@ -262,16 +296,24 @@ class Attack(Protocol):
     Attributes:
         requires: The poorest profile that it works with.
         uses_teacher: False for a control that asks nothing.
+        adapts: What it asks depends on earlier answers, or on students that it trains.
+        inputs: The kinds of inputs that it works on: some of "image", "table" and "text".
     """
 
     requires: Reveals
     uses_teacher: bool
+    adapts: bool
+    inputs: tuple[str, ...]
 
     def extract(self, oracle: Oracle, pool: Examples, student: Apprentice, seed: int) -> TransferSet:
-        """Spend what `oracle.affordable()` allows and return what was learnt.
+        """Spend what `oracle.affordable()` allows and return what was learnt. Every answer counts, whatever it is for.
 
         Given the same answers it must ask the same queries: an interrupted run is continued by playing the answers
         back.
+
+        Raises:
+            DistillError: Before anything is asked: the budget is smaller than the least that it can begin with, or the
+                pool does not serve.
         """
         ...
 
@@ -396,7 +438,8 @@ class Student(Protocol):
     """`distill.students`: an architecture that can be built and fed. A teacher trained here is built from one too."""
 
     def build(self, spec: InputSpec, classes: int) -> torch.nn.Module:
-        """Fresh (or pretrained) weights drawn from torch's global generator; ``module(**features)`` gives logits.
+        """Fresh (or pretrained) weights drawn from torch's global generator; ``module(**features)`` gives logits. The
+        one feature of images and tables is called ``inputs``.
 
         Raises `DistillError` where the architecture does not take such inputs. Pixels are scaled and normalised
         inside the module, so that every bound outside of it is in pixel space.

@@ -11,6 +11,7 @@ import argparse
 import logging
 import platform
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,11 @@ def measure(experiment: Any, student: Any, transfer_set: Any, cost: dict[str, fl
         training=student.history,
         environment=environment(experiment.trainer),
     )
+    started = time.monotonic()
     experiment.measure(student, result, run_dir)
-    result.cost = cost | {"teacher_forwards": experiment.provider.cost().teacher_forwards}
+    seconds = result.cost.get("evaluation_seconds", 0.0) + time.monotonic() - started
+    forwards = experiment.provider.cost().teacher_forwards
+    result.cost = cost | {"teacher_forwards": forwards, "evaluation_seconds": seconds}
     accuracy = {who: row["accuracy"] for who, row in result.accuracy.items() if "accuracy" in row}
     if accuracy:
         result.fidelity["normalised_accuracy"] = accuracy["student"] / max(accuracy["teacher"], 1e-12)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from distill.contracts import (
     Metric,
     NetworkDefense,
     Objective,
+    Predictor,
     Recovery,
     StatefulDefense,
     Student,
@@ -64,6 +67,7 @@ log = logging.getLogger(__name__)
 SAMPLES = 100  # rows of the test set that samples.jsonl shows
 OUTLIERS = 2_000  # inputs from elsewhere that the evaluation asks about
 DEFENSE_STATE = "defense_state.npz"
+OWN_STUDENT = "own_student.npz"
 
 WEIGHTS = "model.safetensors"
 
@@ -91,7 +95,7 @@ def whole_weights(folder: Path) -> dict[str, Any] | None:
 
 @dataclass
 class TrainedStudent:
-    """A module with its way of reading inputs (`distill.contracts.Predictor`)."""
+    """A module with its way of reading inputs (`distill.contracts.Learner`)."""
 
     module: Any
     student: Student
@@ -103,6 +107,16 @@ class TrainedStudent:
     def predict(self, inputs: Inputs) -> np.ndarray:
         """(n, classes) float32 logits."""
         return self.trainer.predict(self.module, self.student.encode(inputs, self.spec))[:, : self.classes]
+
+    @property
+    def device(self) -> torch.device:
+        return self.trainer.device
+
+    def logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(n, classes), differentiable. Raises `DistillError` for texts."""
+        if self.spec.kind == "text":
+            raise DistillError("a text has no gradient", "attack")
+        return self.module(inputs=inputs.to(self.device))[:, : self.classes]
 
 
 @dataclass
@@ -178,13 +192,29 @@ class StudentTrainer:
     defense_name: str | None = None
     defense: Any = None
     oracle: Callable[[Inputs], tuple[np.ndarray, Defense]] | None = None
+    shown: list[tuple[int, Predictor]] = field(default_factory=list)
 
     def untrained(self) -> TrainedStudent:
         """The initialisation, which depends on the seed alone: runs over several defenses are paired."""
-        classes = len(self.class_names)
         extra = self.recovery.extra_outputs if isinstance(self.recovery, TrainingRecovery) else 0
-        module = self.trainer.build(self.student, self.spec, classes + extra, derive(self.seed, "student"))
+        return self._build(extra, derive(self.seed, "student"))
+
+    def _build(self, extra: int, seed: int) -> TrainedStudent:
+        classes = len(self.class_names)
+        module = self.trainer.build(self.student, self.spec, classes + extra, seed)
         return TrainedStudent(module, self.student, self.spec, self.trainer, {}, classes)
+
+    def fresh(self, number: int = 0) -> TrainedStudent:
+        """An untrained student without outputs besides its classes. See `distill.contracts.Apprentice`."""
+        fresh = self._build(0, derive(self.seed, "student", *([number] if number else [])))
+        fresh.module.to(fresh.device)
+        return fresh
+
+    def show(self, own: Predictor, queries: int) -> None:
+        """See `distill.contracts.Apprentice`. A student that goes on learning is copied as it is now."""
+        if isinstance(own, TrainedStudent):
+            own = replace(own, module=copy.deepcopy(own.module))
+        self.shown.append((queries, own))
 
     def save(self, trained: TrainedStudent, folder: Path) -> None:
         save_weights(trained.module, trained.history, folder)
@@ -272,6 +302,21 @@ class _AsGiven:
 
 
 @dataclass
+class OwnStudent:
+    """What the attack's own student says of the test rows: track B.
+
+    Args:
+        queries: (m,) int64, after how many answers.
+        logits: (m, n, classes) float32.
+        seconds: What it took to ask it.
+    """
+
+    queries: np.ndarray
+    logits: np.ndarray
+    seconds: float
+
+
+@dataclass
 class Experiment:
     """Both sides of an experiment. `teacher` and `defense` belong to the provider and to the evaluation.
 
@@ -294,6 +339,7 @@ class Experiment:
     metrics: dict[str, Metric]
     choices: dict[str, str]
     queries: Path
+    own: OwnStudent | None = None
 
     @classmethod
     def build(cls, config: Any, trainer: Trainer, choices: dict[str, str], queries: Path) -> Experiment:
@@ -315,6 +361,13 @@ class Experiment:
         recipe: Recipe = build(config.training, "training")
         metrics: dict[str, Metric] = build(config.metric, "metric")
         data = _load(_described(config.data))
+        if data.spec.kind not in attack.inputs:
+            fits = options_that("attack", lambda k: not of_language("attack", k) and data.spec.kind in k.inputs)
+            raise DistillError(
+                f"{choices['attack']} asks about {' or '.join(f'{kind}s' for kind in attack.inputs)}, and {data.name} "
+                f"holds {data.spec.kind}s; compatible: {', '.join(fits)}",
+                "attack",
+            )
         profile = (
             InterfaceProfile.parse(config.access.profile, config.access.top_k)
             .meet(defense.exposes)
@@ -400,26 +453,40 @@ class Experiment:
     # --- what the entry points ask of either domain ---------------------------------------------------------------
 
     def ask(self) -> TransferSet:
-        """Let the attack loose on the provider."""
+        """Let the attack loose on the provider, and ask the students that it hands in about the test rows."""
+        self.students.shown.clear()
         with serve(self.provider) as oracle:
-            return self.attack.extract(oracle, self.pool, self.students, self.config.seed)
+            transfer_set = self.attack.extract(oracle, self.pool, self.students, self.config.seed)
+        started = time.monotonic()
+        shown = [(queries, student.predict(self.data.test.inputs)) for queries, student in self.students.shown]
+        self.students.shown.clear()
+        self.own = None
+        if shown:
+            asked, logits = (np.array(column) for column in zip(*shown, strict=True))
+            self.own = OwnStudent(asked, logits, time.monotonic() - started)
+        return transfer_set
 
     def save_answers(self, transfer_set: TransferSet) -> None:
-        """The transfer set, and what the defense remembers beside the provider's log."""
+        """The transfer set and what the attack's own student said, and what the defense remembers."""
         transfer.save(transfer_set, self.queries / "transfer_set")
+        if self.own is not None:
+            _save_arrays(self.queries / OWN_STUDENT, vars(self.own))
+        else:
+            (self.queries / OWN_STUDENT).unlink(missing_ok=True)
         if isinstance(self.defense, StatefulDefense):
-            partial = self.queries / f".{DEFENSE_STATE}"  # savez wants the ending
-            np.savez(partial, allow_pickle=False, **self.defense.state())
-            partial.replace(self.queries / DEFENSE_STATE)
+            _save_arrays(self.queries / DEFENSE_STATE, self.defense.state())
 
     def load_answers(self) -> TransferSet:
         """Raises `DamagedTransferSet`."""
         transfer_set = transfer.load(self.queries / "transfer_set")
+        self.own = None
+        if (self.queries / OWN_STUDENT).exists():
+            told = _load_arrays(self.queries / OWN_STUDENT)
+            self.own = OwnStudent(told["queries"], told["logits"], float(told["seconds"]))
         if isinstance(self.defense, StatefulDefense):
             try:
-                with np.load(self.queries / DEFENSE_STATE) as state:
-                    self.defense.restore(dict(state))
-            except (OSError, ValueError, KeyError, BadZipFile) as error:
+                self.defense.restore(_load_arrays(self.queries / DEFENSE_STATE))
+            except (ValueError, KeyError) as error:
                 raise transfer.DamagedTransferSet(f"{self.queries / DEFENSE_STATE} is damaged ({error})") from None
         return transfer_set
 
@@ -471,6 +538,8 @@ class Experiment:
             "student": {**measure_size(student.module, one)},
         }
         result.classes, result.test_rows = self.data.classes, len(test)
+        result.tracks = self._tracks(answers["student"].posteriors)
+        result.cost["evaluation_seconds"] = 0.0 if self.own is None else self.own.seconds
         _write_samples(self.data, answers, run_dir / "samples.jsonl")
 
     def _of_outliers(self, student: TrainedStudent) -> dict[str, Answers]:
@@ -485,9 +554,22 @@ class Experiment:
 
     def compare(self, student: TrainedStudent) -> dict[str, float]:
         """The student's accuracy and fidelity on the test rows, for a point of the budget curve."""
-        test = self.data.test
-        posteriors = softmax(student.predict(test.inputs))
-        clean = self.provider.clean(test.inputs).posteriors
+        return self._compared(softmax(student.predict(self.data.test.inputs)))
+
+    def _tracks(self, posteriors: np.ndarray) -> dict[str, dict[str, Any]]:
+        """Both students: see `distill.records.Result`."""
+        fresh = self._compared(posteriors)
+        if self.own is None:
+            return {"A": fresh, "B": {"own": False, **fresh}}
+        curve = [
+            {"cost/queries": int(queries), **self._compared(softmax(logits))}
+            for queries, logits in zip(self.own.queries, self.own.logits, strict=True)
+        ]
+        return {"A": fresh, "B": {"own": True, **curve[-1], "curve": curve}}
+
+    def _compared(self, posteriors: np.ndarray) -> dict[str, float]:
+        """What the metrics say of a student's posteriors of the test rows."""
+        clean = self.provider.clean(self.data.test.inputs).posteriors
         numbers: dict[str, float] = {}
         for metric in self.metrics.values():
             if metric.compares_with == "outliers":
@@ -506,6 +588,21 @@ def open_experiment(config: Any, trainer: Trainer, choices: dict[str, str], quer
     from distill.language_experiment import LanguageExperiment
 
     return LanguageExperiment.build(config, trainer, choices, queries)
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}")  # savez wants the ending
+    np.savez(partial, allow_pickle=False, **arrays)
+    partial.replace(path)
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Raises `DamagedTransferSet`."""
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise transfer.DamagedTransferSet(f"{path} is damaged ({error})") from None
 
 
 def _described(node: Any) -> str:

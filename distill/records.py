@@ -447,7 +447,10 @@ class Result:
 
     `accuracy` and `calibration` hold one entry for each of teacher, defended_teacher and student; `fidelity` compares
     the student, and `utility` the returned answers, with the undefended teacher. `curve` has one row for each
-    intermediate budget. Numbers under ``seconds`` and ``latency`` are wall-clock and differ from run to run.
+    intermediate budget. `tracks` tells two students apart: "A" was trained from fresh weights on the transfer set (is
+    the set good?), and everything else here is about it; "B" is the attack's own (is the attack good?), with a curve of
+    its own. Where its ``own`` is false, the attack trains as track A does. Numbers under ``seconds`` and ``latency``
+    are wall-clock and differ from run to run.
     """
 
     run_id: str
@@ -463,6 +466,7 @@ class Result:
     fidelity: dict[str, float] = field(default_factory=dict)
     utility: dict[str, float] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)
+    tracks: dict[str, dict[str, Any]] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, dict[str, float | None]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)

@@ -26,7 +26,10 @@ class Repeats:
         times: Answers to each of its queries.
     """
 
-    requires: Reveals = Reveals.LABEL  # of an instance: what the other attack requires
+    # Of an instance: those of the other attack.
+    requires: Reveals = Reveals.LABEL
+    adapts: bool = False
+    inputs: tuple[str, ...] = ("image", "table", "text")
     uses_teacher: ClassVar[bool] = True
 
     def __init__(self, attack: Attack, times: int) -> None:
@@ -37,7 +40,7 @@ class Repeats:
         if times < 2:
             raise DistillError(f"times is at least 2, not {times}")
         self.attack, self.times = attack, times
-        self.requires = attack.requires
+        self.requires, self.adapts, self.inputs = attack.requires, attack.adapts, attack.inputs
 
     def variants(self, pool: Examples, seed: int) -> Vary | None:
         """How the second and later queries of a group differ from the first; None where they don't."""

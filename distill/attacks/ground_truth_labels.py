@@ -19,6 +19,8 @@ class GroundTruthLabels:
 
     requires: ClassVar[Reveals] = Reveals.LABEL
     uses_teacher: ClassVar[bool] = False
+    adapts: ClassVar[bool] = False
+    inputs: ClassVar[tuple[str, ...]] = ("image", "table", "text")
 
     def extract(self, oracle: Oracle, pool: Examples, student: Apprentice, seed: int) -> TransferSet:
         """Raises `DistillError` where the pool has no labels, or those of other classes."""

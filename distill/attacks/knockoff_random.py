@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from distill.attacks.rounds import History, PoolAttack, random_rows
@@ -13,6 +15,8 @@ class KnockoffRandom(PoolAttack):
     Paper: Knockoff Nets: Stealing Functionality of Black-Box Models, Orekondy et al., CVPR 2019, sec. 4.1.1 ("random").
     Threat model: a pool of natural inputs, no knowledge of the teacher; works with any profile.
     """
+
+    adapts: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__(rounds=1)

@@ -18,6 +18,8 @@ class NoTeacher:
 
     requires: ClassVar[Reveals] = Reveals.LABEL
     uses_teacher: ClassVar[bool] = False
+    adapts: ClassVar[bool] = False
+    inputs: ClassVar[tuple[str, ...]] = ("image", "table", "text")
 
     def extract(self, oracle: Oracle, pool: Examples, student: Apprentice, seed: int) -> TransferSet:
         """n uniform posteriors, n being what the budget would have afforded."""

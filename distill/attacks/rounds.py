@@ -35,6 +35,8 @@ class PoolAttack:
 
     requires: ClassVar[Reveals] = Reveals.LABEL
     uses_teacher: ClassVar[bool] = True
+    adapts: ClassVar[bool] = True
+    inputs: ClassVar[tuple[str, ...]] = ("image", "table", "text")
 
     def __init__(self, rounds: int = 1) -> None:
         if rounds < 1:
