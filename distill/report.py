@@ -31,6 +31,8 @@ NUMBERS: dict[str, Any] = {
     "defended acc": lambda r: r.accuracy["defended_teacher"]["accuracy"],
     "student acc": lambda r: r.accuracy["student"]["accuracy"],
     "agreement": lambda r: r.fidelity["agreement"],
+    "own acc": lambda r: _own(r, "student/accuracy"),
+    "own agreement": lambda r: _own(r, "fidelity/agreement"),
     "KL": lambda r: r.fidelity["kl"],
     "mean L1": lambda r: r.utility["l1_mean"],
     "queries": lambda r: r.cost["queries"],
@@ -50,6 +52,13 @@ COSTS = {
     "OOD AUROC": "ood_auroc",
 }
 CONTROL = "ground_truth_answers"
+# Controls that wrap another attack on a classifier: title and option.
+CONTROLS = {
+    "beyond truth": "ground_truth_labels",
+    "beyond weaker": "weaker_model_labels",
+    "beyond self-taught": "self_taught",
+    "beyond random": "random_labels",
+}
 HOW_TAUGHT = ("defense", "attack", "access", "signal", "rollout", "objective")  # in these a control may differ
 
 
@@ -101,6 +110,30 @@ def recovery_ratios(results: list[Result]) -> list[dict[str, float]]:
     return found
 
 
+def beyond_controls(results: list[Result]) -> list[dict[str, float]]:
+    """For each run, what the teacher's answers were worth: by how much the accuracy of its student is above those of
+    the students of its controls, which differ in nothing but the answers to the very same queries.
+
+    A control is told by its attack, which wraps the attack of the run; an attack that adapts heard the same answers in
+    both, since nothing else differs. "beyond truth" is the difference from ground truth, and so on: from the best of
+    several that differ in options of their own. One is left out where that control is not among these.
+    """
+    without: dict[tuple[str, ...], float] = {}
+    for result in results:
+        for title, option in CONTROLS.items():
+            if result.choices["attack"] == option and (reached := _accuracy(result, "student")) is not None:
+                control = title, _common(result, "attack"), digest(_told(result.config["attack"].get("attack")))
+                without[control] = max(reached, without.get(control, 0.0))
+    found: list[dict[str, float]] = []
+    for result in results:
+        run = _common(result, "attack"), digest(_told(result.config["attack"]))
+        if (reached := _accuracy(result, "student")) is None:
+            found.append({})
+            continue
+        found.append({title: reached - without[title, *run] for title in CONTROLS if (title, *run) in without})
+    return found
+
+
 def _common(result: Result, *but: str) -> str:
     """The same for two runs that differ in these groups alone. A path stands for itself: what it holds is told apart by
     the fingerprints, all but the teacher's, since a defense may train another one."""
@@ -115,6 +148,12 @@ def _told(node: Any) -> Any:
     if isinstance(node, dict):
         return {name: _told(child) for name, child in node.items() if name not in NOT_IDENTITY}
     return node
+
+
+def _own(result: Result, name: str) -> float | None:
+    """A number of the attack's own student, where it has one."""
+    track = result.tracks.get("B", {"own": False})
+    return track.get(name) if track["own"] else None
 
 
 def _accuracy(result: Result | None, who: str) -> float | None:
@@ -139,14 +178,18 @@ def comparison(runs: dict[Path, Result]) -> Table:
     shares = list(dict.fromkeys(title for row in ratios for title in row))
     if all(r.choices["defense"] == "none" for r in results):  # 1 by definition
         shares = [title for title in shares if title != "recovery ratio"]
-    for title in shares:
+    worths = beyond_controls(results)
+    beyond = [title for title in CONTROLS if any(title in row for row in worths)]
+    for title in [*shares, *beyond]:
         table.add_column(title, justify="right")
     table.add_column("run")
-    for (run_dir, result), share in zip(runs.items(), ratios, strict=True):
+    for (run_dir, result), share, worth in zip(runs.items(), ratios, worths, strict=True):
         row = [result.choices.get(axis, UNKNOWN) for axis in axes]
         row += [str(result.config["budget"][key]) for key in keys] + ([str(result.seed)] if seeds else [])
         row += [_number(title, result) for title in titles]
-        table.add_row(*row, *(f"{share[title]:.4f}" if title in share else UNKNOWN for title in shares), run_dir.name)
+        row += [f"{share[title]:.4f}" if title in share else UNKNOWN for title in shares]
+        row += [f"{worth[title]:+.4f}" if title in worth else UNKNOWN for title in beyond]
+        table.add_row(*row, run_dir.name)
     return table
 
 
@@ -210,7 +253,7 @@ def _short(path: Path) -> Path:
 def _console() -> Console:
     """Piped into a file or a notebook, whatever these say of colours, a table is plain and not folded to 80 columns."""
     terminal = sys.stdout.isatty()
-    return Console(highlight=False, force_terminal=terminal, no_color=not terminal, width=None if terminal else 180)
+    return Console(highlight=False, force_terminal=terminal, no_color=not terminal, width=None if terminal else 240)
 
 
 def main() -> None:

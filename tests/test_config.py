@@ -56,7 +56,10 @@ def test_an_option_is_one_yaml_beside_one_class(group: str, option: str) -> None
     doc = inspect.getdoc(target)
     assert doc, f"{target.__name__} has no docstring"
     nested = {
-        name.split("@")[1] for default in node.pop("defaults", []) if isinstance(default, dict) for name in default
+        name.split("@")[1].partition(".")[0]
+        for default in node.pop("defaults", [])
+        if isinstance(default, dict)
+        for name in default
     }
     keys = set(node) - {"_target_"} | nested
     signature = inspect.signature(target).parameters

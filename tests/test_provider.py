@@ -123,6 +123,29 @@ def test_answers_are_the_teachers_whatever_the_size_of_the_question(tmp_path: Pa
         np.testing.assert_array_equal(got.posteriors, expected)
 
 
+@pytest.mark.parametrize(("remote", "price"), [(True, 0.0), (False, 0.01), (False, 0.0)])
+def test_answers_to_made_inputs_are_kept_before_they_are_handed_on_if_they_were_paid_for(
+    tmp_path: Path, remote: bool, price: float
+) -> None:
+    """A free teacher of one's own answers again, where the journal does not: nobody else asks about such an input."""
+    teacher, paid, answers = ToyTeacher(remote=remote), remote or price > 0, []
+    teacher.usd_per_query = price
+    provider = a_provider(tmp_path, teacher, GaussianNoise())
+    for ask in range(3):
+        answers.append(provider.answer(tables(10, seed=ask), np.full(10, -1)).posteriors)
+        stored = sum(int(path.name.split("-")[1]) for path in (tmp_path / "cache").rglob("*.npz"))
+        assert stored == (10 * (ask + 1) if paid else 0)
+    provider.close()
+    assert teacher.forwards == 30
+    again = a_provider(tmp_path, teacher, GaussianNoise())
+    for ask in range(3):
+        np.testing.assert_array_equal(again.answer(tables(10, seed=ask), np.full(10, -1)).posteriors, answers[ask])
+    assert teacher.forwards == 30, "played back"
+    anew = a_provider(tmp_path, teacher, GaussianNoise(), log=tmp_path / "another_log")
+    np.testing.assert_array_equal(anew.answer(tables(10, seed=2), np.full(10, -1)).posteriors, answers[2])
+    assert teacher.forwards - 30 == anew.cost().teacher_forwards == (0 if paid else 10)
+
+
 def test_what_can_not_be_paid_for_is_not_even_computed(tmp_path: Path) -> None:
     provider = a_provider(tmp_path, budget=Budget(queries=5))
     with pytest.raises(BudgetExceeded):

@@ -1,10 +1,10 @@
 """One test for each evaluation error that was found in published extraction code, so that none can come back.
 
-The numbers are those of the list: clipping in normalised space (1), conditions on the wrong option (3), clean
-posteriors as an attacker's prior (4), odds clipped at one (5), double softmax (6), the best epoch on the test set (7),
-answers that are no distributions and claims that are not checked (8), students that go on from a smaller budget (9), a
-label that is always the first (10), scores of another batch (11), one seed that hides the spread (12). Targets that are
-drawn anew at each step (2) belong to an attack that is not here yet.
+The numbers are those of the list: clipping in normalised space (1; the errors of the same code that come with it are in
+`test_adversarial_attacks`), targets drawn anew at each step (2), conditions on the wrong option (3), clean posteriors
+as an attacker's prior (4), odds clipped at one (5), double softmax (6), the best epoch on the test set (7), answers
+that are no distributions and claims that are not checked (8), students that go on from a smaller budget (9), a label
+that is always the first (10), scores of another batch (11), one seed that hides the spread (12).
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 import torch
 from commands import distill
+from test_adversarial_attacks import UNIT_BOX, Fixed, Normalising, answers_to, pictures
 from test_contracts import an_experiment
 from test_defenses import perturbed, posteriors
 from toys import ToyTeacher, a_pool, a_provider, collect, tables
 
+from distill.attacks import _moves
+from distill.attacks.jbda_tr import JBDATR
 from distill.errors import DistillError
 from distill.objectives.soft_cross_entropy import SoftCrossEntropy
 from distill.provider.defenses.label_only import LabelOnly
@@ -53,6 +56,21 @@ def test_1_a_step_is_clipped_in_pixel_space_and_a_black_background_can_stay_blac
         oracle.ask(Queries.made(moved.numpy()))
         with pytest.raises(DistillError, match=r"pixels of float32 images lie in \[0, 1\]"):
             oracle.ask(Queries.made(pool.inputs[:] - np.float32(0.42)))
+
+
+def test_2_a_target_is_drawn_once_for_an_input_and_not_at_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, aim = [], _moves.towards
+
+    def watched(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        steps.append(classes.tolist())
+        return aim(logits, classes)
+
+    monkeypatch.setattr(_moves, "towards", watched)
+    starts = pictures(9)
+    JBDATR(steps=5, k=2).moves(Fixed(Normalising(0)), starts, answers_to(starts), 0, UNIT_BOX, np.random.default_rng(0))
+    assert len(steps) == 5
+    assert all(targets == steps[0] for targets in steps)
+    assert len(set(steps[0])) > 1
 
 
 def test_3_what_only_a_recovery_does_is_not_decided_by_the_name_of_a_defense(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy
-from test_contracts import Still
+from test_contracts import Quick as Still
 from test_defenses import Shift
 from toys import FEATURES, a_pool, a_provider
 
@@ -216,7 +216,7 @@ def test_inputs_that_the_attack_inside_makes_are_repeated_too(kind: Any) -> None
 
 def test_repeats_of_what_asks_nothing_are_refused() -> None:
     with pytest.raises(DistillError, match="NoTeacher is a control"):
-        RepeatedQueries(NoTeacher())
+        RepeatedQueries(NoTeacher(KnockoffRandom()))
     with pytest.raises(DistillError, match=r"attack@attack\.attack=copycat"):
         AugmentedQueries("copycat")  # type: ignore[arg-type]
     with pytest.raises(DistillError, match="times is at least 2"):

@@ -107,6 +107,16 @@ def test_the_index_and_the_counter_agree_with_a_dictionary(batches: list[list[in
         assert sorted(numbers.values()) == list(range(len(index)))
 
 
+def test_keys_that_begin_alike_are_told_apart() -> None:
+    """Half a key decides, unless two have the same half."""
+    keys = np.array([b"12345678" + bytes([65 + i]) * 8 for i in range(6)] + [b"other..." * 2], dtype="S16")
+    index = KeyIndex()
+    assert index.add(keys[[4, 1]]).tolist() == [0, 1]
+    assert index.add(keys[[3, 6, 0]]).tolist() == [2, 3, 4]
+    assert index.find(keys).tolist() == [4, 1, -1, 2, 0, -1, 3]
+    assert RepeatCounter().count(keys[[0, 1, 0, 5, 1, 0]]).tolist() == [0, 0, 1, 0, 1, 2]
+
+
 # --- the cache ------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from distill.attacks._relabelled import Relabelled
 from distill.contracts import Apprentice, Attack, Oracle, of_language
 from distill.errors import DistillError
 from distill.records import Answers, Cost, Examples, Inputs, InterfaceProfile, Queries, Reveals, TransferSet
@@ -35,7 +36,7 @@ class Repeats:
     def __init__(self, attack: Attack, times: int) -> None:
         if attack is None or isinstance(attack, (str, dict)) or of_language("attack", type(attack)):
             raise DistillError(f"attack is another attack on a classifier (attack@attack.attack=copycat), not {attack}")
-        if not attack.uses_teacher:
+        if isinstance(attack, Relabelled):
             raise DistillError(f"attack asks something; {type(attack).__name__} is a control, which has no queries")
         if times < 2:
             raise DistillError(f"times is at least 2, not {times}")

@@ -11,8 +11,8 @@ class Copycat(KnockoffRandom):
     """Random pool inputs, and only the hard label of each answer is kept, whatever the interface reveals.
 
     Paper: Copycat CNN: Stealing Knowledge by Persuading Confession with Random Non-Labeled Data, Correia-Silva et al.,
-    IJCNN 2018. Threat model: label-only access, a pool of unlabelled inputs. The paper's offline augmentation of the
-    transfer set is not part of this class.
+    IJCNN 2018. Threat model: label-only access, a pool of unlabelled inputs. The paper's augmentation of the
+    transfer set is in `distill.attacks.copycat_augmented`.
     """
 
     def extract(self, oracle: Oracle, pool: Examples, student: Apprentice, seed: int) -> TransferSet:

@@ -1,38 +1,57 @@
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 
-from distill.attacks.rounds import random_rows
+from distill.attacks._relabelled import Relabelled, true_labels
 from distill.contracts import Apprentice, Oracle
 from distill.errors import DistillError
-from distill.randomness import generator
-from distill.records import Examples, Reveals, TransferSet, one_hot
+from distill.records import Answers, Cost, Examples, Queries, TransferSet, one_hot
 
 
-class GroundTruthLabels:
-    """Control: the true labels of the very rows that the random attacks ask about. The teacher is never asked.
+class GroundTruthLabels(Relabelled):
+    """Control: the true labels of the very queries of another attack.
 
-    What a student reaches beyond this is what the teacher's answers were worth.
+    What the other attack's student reaches beyond this one's is what the teacher's answers were worth to somebody who
+    could have had the same inputs labelled. Costs and billing: see `Relabelled`; with the random attacks nothing is
+    asked.
+
+    Args:
+        attack: The other attack: ``attack@attack.attack=active_thief``.
+
+    Raises:
+        DistillError: The other attack is one on language models or a control; at the queries, the pool is not labelled
+            with the teacher's classes, or the other attack makes an input, which has no true label.
     """
 
-    requires: ClassVar[Reveals] = Reveals.LABEL
-    uses_teacher: ClassVar[bool] = False
-    adapts: ClassVar[bool] = False
-    inputs: ClassVar[tuple[str, ...]] = ("image", "table", "text")
+    def check(self, oracle: Oracle, pool: Examples, student: Apprentice) -> None:
+        true_labels(pool, student)
 
-    def extract(self, oracle: Oracle, pool: Examples, student: Apprentice, seed: int) -> TransferSet:
-        """Raises `DistillError` where the pool has no labels, or those of other classes."""
-        if pool.labels is None or pool.class_names != student.class_names:
+    def handle(self, oracle: Oracle) -> Oracle:
+        return OfPool(oracle)
+
+    def posteriors(self, asked: TransferSet, pool: Examples, student: Apprentice, seed: int) -> np.ndarray:
+        """One-hot."""
+        return one_hot(true_labels(pool, student)[asked.rows], asked.classes)
+
+
+class OfPool:
+    """An oracle that is asked about rows of the pool alone."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        self.oracle, self.profile, self.classes = oracle, oracle.profile, oracle.classes
+
+    def affordable(self) -> int:
+        return self.oracle.affordable()
+
+    def spent(self) -> Cost:
+        return self.oracle.spent()
+
+    def ask(self, queries: Queries, *, partial: bool = False) -> Answers:
+        """Raises `DistillError` for the first input that the attack made."""
+        if not queries.from_pool:
             raise DistillError(
-                "this control needs a pool that is labelled with the teacher's classes, such as pool=held_out", "attack"
+                "this control needs an attack on the pool's own inputs (attack@attack.attack=knockoff_random); "
+                "a made one has no true label",
+                "attack",
             )
-        rows = random_rows(pool, oracle.affordable(), generator(seed, "attack"))
-        return TransferSet(
-            rows=np.asarray(rows, dtype=np.int64),
-            posteriors=one_hot(pool.labels[rows], oracle.classes),
-            pool=pool.fingerprint,
-            profile="label",
-            note=f"ground-truth labels of {pool.name}",
-        )
+        return self.oracle.ask(queries, partial=partial)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -17,13 +17,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class History:
-    """What was asked and answered so far: (n,) rows of the pool and their n answers; `answers` is None before any."""
+    """What was asked and answered so far: (n,) rows of the pool and their n answers; `answers` is None before any.
+    `profile`: what the answers reveal."""
 
     rows: np.ndarray
     answers: Answers | None
+    profile: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def transfer_set(self, pool: Examples, note: str = "") -> TransferSet:
+        """Raises `ValueError` before there are answers."""
+        if self.answers is None:
+            raise ValueError("nothing was answered yet")
+        return TransferSet(
+            rows=self.rows,
+            posteriors=self.answers.posteriors,
+            logits=self.answers.logits,
+            pool=pool.fingerprint,
+            profile=self.profile,
+            note=note,
+        )
 
 
 class PoolAttack:
@@ -49,31 +64,32 @@ class PoolAttack:
         """(at most n,) rows of the pool that are worth asking next; an empty array ends the attack."""
         raise NotImplementedError
 
+    def ends(self, total: int) -> np.ndarray:
+        """How many queries were asked by the end of each round, the last one `total`; a round may be empty."""
+        return np.linspace(0, total, self.rounds + 1).round().astype(int)[1:]
+
     def extract(self, oracle: Oracle, pool: Examples, student: Apprentice, seed: int) -> TransferSet:
         """See `distill.contracts.Attack`. Raises `BudgetExceeded` never: it asks for what is affordable."""
         rng = generator(seed, "attack")
         total = oracle.affordable()
-        history = History(np.empty(0, dtype=np.int64), None)
-        for ends in np.linspace(0, min(total, len(pool)), self.rounds + 1).round().astype(int)[1:]:
-            rows = self.select(pool, history, int(ends) - len(history), student, rng)
+        history = History(np.empty(0, dtype=np.int64), None, str(oracle.profile))
+        for end in self.ends(min(total, len(pool))):
+            if end <= len(history):
+                continue
+            rows = self.select(pool, history, int(end) - len(history), student, rng)
             if not len(rows):
                 break
             answers = oracle.ask(Queries.of_pool(pool, rows))
-            history = History(
-                np.concatenate([history.rows, rows]),
-                answers if history.answers is None else Answers.join([history.answers, answers]),
+            history = replace(
+                history,
+                rows=np.concatenate([history.rows, rows]),
+                answers=answers if history.answers is None else Answers.join([history.answers, answers]),
             )
         if len(history) < total:
             log.warning("the attack ended after %d of %d affordable queries (pool: %d)", len(history), total, len(pool))
-        answers = history.answers or Answers(np.empty((0, oracle.classes), dtype=np.float32))
-        return TransferSet(
-            rows=history.rows,
-            posteriors=answers.posteriors,
-            logits=answers.logits,
-            pool=pool.fingerprint,
-            profile=str(oracle.profile),
-            note=f"{type(self).__name__} on {pool.name}",
-        )
+        if history.answers is None:
+            history = replace(history, answers=Answers(np.empty((0, oracle.classes), dtype=np.float32)))
+        return history.transfer_set(pool, f"{type(self).__name__} on {pool.name}")
 
 
 def random_rows(pool: Examples, n: int, rng: np.random.Generator) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.provider.keys import Growing, KeyIndex
+from distill.provider.keys import Growing, KeyIndex, distinct
 from distill.provider.shards import Shard, Shards
 
 
@@ -48,7 +48,7 @@ class RowCache:
     def _distinct_unknown(self, keys: np.ndarray) -> np.ndarray:
         """The positions of keys that are not known here, each content once, in the order of asking."""
         unknown = np.flatnonzero(self._index.find(keys) < 0)
-        return unknown[np.sort(np.unique(keys[unknown], return_index=True)[1])]
+        return unknown[distinct(keys[unknown])]
 
     def _catch_up(self) -> None:
         """Learn what this or another process stored since. Needs the lock."""

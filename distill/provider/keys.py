@@ -9,11 +9,12 @@ class KeyIndex:
     """Numbers distinct content keys 0, 1, 2 … in the order of their arrival.
 
     Sorted runs of arrays; a run is merged with the one before it when that is not much longer, so there are few runs
-    and adding n keys one at a time costs O(n log n) in all.
+    and adding n keys one at a time costs O(n log n) in all. They are sorted by the first half of a key, a whole number,
+    which is several times as quick to look up as 16 bytes are.
     """
 
     def __init__(self) -> None:
-        self._runs: list[tuple[np.ndarray, np.ndarray]] = []
+        self._runs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # first half, second half, number
         self._size = 0
 
     def __len__(self) -> int:
@@ -22,25 +23,47 @@ class KeyIndex:
     def find(self, keys: np.ndarray) -> np.ndarray:
         """(n,) int64: the number of each key, -1 where it is unknown."""
         found = np.full(len(keys), -1, dtype=np.int64)
-        for known, numbers in self._runs:
-            at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-            hit = known[at] == keys
-            found[hit] = numbers[at[hit]]
+        first, second = _halves(keys)
+        for known, rest, numbers in self._runs:
+            at = np.searchsorted(known, first)
+            some = np.flatnonzero(at < len(known))
+            while len(some):  # once, unless keys begin alike
+                some = some[known[at[some]] == first[some]]
+                hit = rest[at[some]] == second[some]
+                found[some[hit]] = numbers[at[some[hit]]]
+                some = some[~hit]
+                at[some] += 1
+                some = some[at[some] < len(known)]
         return found
 
     def add(self, keys: np.ndarray) -> np.ndarray:
         """(n,) int64: the numbers of these keys, which are distinct and unknown so far."""
         added = np.arange(self._size, self._size + len(keys))
         if len(keys):
-            order = np.argsort(keys)
-            run = keys[order], added[order]
+            run = _sorted(*_halves(keys), added)
             while self._runs and len(self._runs[-1][0]) <= 2 * len(run[0]):
-                known, numbers = (np.concatenate(pair) for pair in zip(self._runs.pop(), run, strict=True))
-                order = np.argsort(known, kind="stable")
-                run = known[order], numbers[order]
+                run = _sorted(*(np.concatenate(pair) for pair in zip(self._runs.pop(), run, strict=True)))
             self._runs.append(run)
             self._size += len(keys)
         return added
+
+
+def _halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both halves of ``S16`` keys as whole numbers, in the order of the bytes."""
+    words = np.ascontiguousarray(keys, dtype="S16").view(">u8").reshape(-1, 2).astype(np.uint64)
+    return words[:, 0].copy(), words[:, 1].copy()
+
+
+def _sorted(first: np.ndarray, second: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    order = np.argsort(first, kind="stable")
+    return first[order], second[order], numbers[order]
+
+
+def distinct(keys: np.ndarray) -> np.ndarray:
+    """Where each of ``S16`` keys comes first, in the order of coming."""
+    if len(np.unique(_halves(keys)[0])) == len(keys):  # quick, and mostly so
+        return np.arange(len(keys))
+    return np.sort(np.unique(keys, return_index=True)[1])
 
 
 class Growing:
@@ -74,10 +97,13 @@ class RepeatCounter:
 
     def count(self, keys: np.ndarray) -> np.ndarray:
         """(n,) int64: for each key how often it came before, in earlier calls and earlier in this one."""
-        distinct, which, times = np.unique(keys, return_inverse=True, return_counts=True)
-        numbers = self._index.find(distinct)
+        if len(distinct(keys)) == len(keys):
+            which, times, first = np.arange(len(keys)), np.ones(len(keys), dtype=np.int64), keys
+        else:
+            first, which, times = np.unique(keys, return_inverse=True, return_counts=True)
+        numbers = self._index.find(first)
         new = numbers < 0
-        numbers[new] = self._index.add(distinct[new])
+        numbers[new] = self._index.add(first[new])
         self._asked.extend(np.zeros(int(new.sum()), dtype=np.int64))
         order = np.argsort(which, kind="stable")
         earlier_here = np.empty(len(keys), dtype=np.int64)

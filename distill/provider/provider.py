@@ -129,7 +129,7 @@ class Provider:
             if logged is not None and isinstance(self.defense, StatefulDefense):
                 part = slice(done, done + len(logged["key"]))  # it remembers what it answered before the interruption
                 clean = Answers(logged["clean"])
-                self._perturb(clean, inputs[part], keys[part], repeats[part])
+                self._perturb(clean, inputs[part], keys[part], repeats[part], rows[part])
             if logged is None:
                 part = slice(done, min(len(inputs), done + self._journal.gap()))
                 clean = self._clean(self.teacher, inputs[part], keys[part], rows[part])
@@ -219,17 +219,31 @@ class Provider:
 
         if (cache := self._clean_answers.get(teacher.fingerprint)) is None:
             cache = self._clean_answers[teacher.fingerprint] = RowCache(self._cache / "answers" / teacher.fingerprint)
-        values = cache.get_or_compute(keys, compute, self._forwards_at_once)
+        if teacher.remote or teacher.usd_per_query > 0 or not _made(rows):
+            values = cache.get_or_compute(keys, compute, self._forwards_at_once)
+        else:
+            values = self._each_part(len(keys), compute)
         return Answers(softmax(values), values) if teacher.output is Reveals.LOGITS else Answers(values)
 
-    def _perturb(self, clean: Answers, inputs: np.ndarray, keys: np.ndarray, repeats: np.ndarray) -> Answers:
+    def _each_part(self, n: int, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """What is computed for n rows, and not kept.
+
+        An input that an attack made is asked about by no other run, and data-free attacks make millions. The journal
+        keeps what was answered; what nothing was paid for needs no more than that.
+        """
+        at_once = self._forwards_at_once
+        return np.concatenate([compute(np.arange(start, min(n, start + at_once))) for start in range(0, n, at_once)])
+
+    def _perturb(
+        self, clean: Answers, inputs: np.ndarray, keys: np.ndarray, repeats: np.ndarray, rows: np.ndarray
+    ) -> Answers:
         rng = KeyedRandom(self._noise_seed, keys, repeats)
-        return self.defense.perturb(clean, self._query_info(inputs, keys), rng)
+        return self.defense.perturb(clean, self._query_info(inputs, keys, rows), rng)
 
     def _defended(
         self, clean: Answers, inputs: np.ndarray, keys: np.ndarray, repeats: np.ndarray, rows: np.ndarray
     ) -> Answers:
-        answers = self._perturb(clean, inputs, keys, repeats)
+        answers = self._perturb(clean, inputs, keys, repeats, rows)
         posteriors = distributions(answers.posteriors, self.classes, "defense", rows)
         logits = answers.logits
         if self.profile.reveals is Reveals.LOGITS:
@@ -239,7 +253,7 @@ class Provider:
             _refuse(np.any(strays, axis=1), "defense", rows, "has logits that do not belong to its posterior")
         return self.profile.truncate(Answers(posteriors, logits))
 
-    def _query_info(self, inputs: np.ndarray, keys: np.ndarray) -> np.ndarray | None:
+    def _query_info(self, inputs: np.ndarray, keys: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
         if self._takes_info is None:
             self._takes_info = self.defense.query_info(inputs[:1]) is not None
         if not self._takes_info:
@@ -253,7 +267,14 @@ class Provider:
                 raise BadAnswer("query_info gave something for some queries and nothing for others", "defense")
             return info
 
+        if _made(rows):
+            return self._each_part(len(keys), compute)
         return self._info_cache.get_or_compute(keys, compute, self._forwards_at_once)
+
+
+def _made(rows: np.ndarray) -> bool:
+    """All of these inputs were made by the attack."""
+    return bool((rows < 0).all())
 
 
 def no_answers(classes: int, profile: InterfaceProfile) -> Answers:
