@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from distill.attacks._own import numbers
 from distill.attacks.rounds import History, PoolAttack, random_rows
 from distill.contracts import Apprentice, Learner, Predictor
 from distill.records import Examples, Inputs, TransferSet, softmax
@@ -127,11 +128,6 @@ def nearest_squares(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
 # --- gradients of a student's inputs ----------------------------------------------------------------------------------
 
 
-def as_numbers(inputs: np.ndarray) -> torch.Tensor:
-    """Pixels in [0, 1], or the columns of a table, as float32."""
-    return torch.from_numpy(inputs.astype(np.float32) / (255 if inputs.dtype == np.uint8 else 1))
-
-
 def deepfool(learner: Learner, inputs: Inputs, steps: int = 50) -> np.ndarray:
     """(n,) float32: the L2 length of the smallest change that DeepFool finds to change each label; infinite where it
     finds none.
@@ -143,7 +139,7 @@ def deepfool(learner: Learner, inputs: Inputs, steps: int = 50) -> np.ndarray:
     learner.module.eval()
     return np.concatenate(
         [
-            _deepfool(learner, as_numbers(inputs[start : start + ROWS_OF_PIXELS]).to(learner.device), steps)
+            _deepfool(learner, numbers(inputs[start : start + ROWS_OF_PIXELS], learner.device), steps)
             for start in range(0, len(inputs), ROWS_OF_PIXELS)
         ]
     )
@@ -187,7 +183,7 @@ def entropy_slopes(learner: Learner, inputs: Inputs) -> np.ndarray:
     learner.module.eval()
     slopes = []
     for start in range(0, len(inputs), ROWS_OF_PIXELS):
-        at = as_numbers(inputs[start : start + ROWS_OF_PIXELS]).to(learner.device).requires_grad_()
+        at = numbers(inputs[start : start + ROWS_OF_PIXELS], learner.device).requires_grad_()
         log_p = learner.logits(at).log_softmax(dim=1)
         slopes.append(torch.autograd.grad(-(log_p.exp() * log_p).sum(), at)[0].flatten(1).cpu().numpy())
     return np.concatenate(slopes)

@@ -136,8 +136,8 @@ def away_from(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
     return -towards(logits, classes)
 
 
-class Asked:
-    """What was asked and answered so far.
+class Grown:
+    """Seeds and what was made of them: all that was asked and answered so far.
 
     Attributes:
         inputs: (n, ...) float32, what was asked; never written to.
@@ -190,7 +190,7 @@ class SeededAttack:
         self.seeds = seeds
 
     def grow(
-        self, asked: Asked, pool: Examples, student: Apprentice, box: Box, budget: int, rng: np.random.Generator
+        self, asked: Grown, pool: Examples, student: Apprentice, box: Box, budget: int, rng: np.random.Generator
     ) -> None:
         """Ask until `asked` is as long as the budget."""
         raise NotImplementedError
@@ -207,7 +207,7 @@ class SeededAttack:
                 f"{pool.name} holds {len(pool)} inputs, but {name} starts from {self.seeds} (attack.seeds)", "pool"
             )
         rng = generator(seed, "attack")
-        asked = Asked(oracle, pool, random_rows(pool, self.seeds, rng), f"{name} from {self.seeds} rows of {pool.name}")
+        asked = Grown(oracle, pool, random_rows(pool, self.seeds, rng), f"{name} from {self.seeds} rows of {pool.name}")
         self.grow(asked, pool, student, Box.around(pool.spec, asked.inputs), budget, rng)
         return asked.transfer_set()
 
@@ -259,7 +259,7 @@ class Augmentation(SeededAttack):
         raise NotImplementedError
 
     def grow(
-        self, asked: Asked, pool: Examples, student: Apprentice, box: Box, budget: int, rng: np.random.Generator
+        self, asked: Grown, pool: Examples, student: Apprentice, box: Box, budget: int, rng: np.random.Generator
     ) -> None:
         """See `SeededAttack`."""
         points, number = self.points(asked.answers.classes), 0

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.spatial.distance import pdist
 
-from distill.attacks._moves import Asked, Box, SeededAttack, as_floats, at_least, moved, one_of, positive
+from distill.attacks._moves import Box, Grown, SeededAttack, as_floats, at_least, moved, one_of, positive
 from distill.contracts import Apprentice, Learner
 from distill.records import Examples, softmax
 
@@ -62,7 +62,7 @@ class CloudLeak(SeededAttack):
         self.epsilon, self.steps, self.norm = epsilon, steps, norm
 
     def grow(
-        self, asked: Asked, pool: Examples, student: Apprentice, box: Box, budget: int, rng: np.random.Generator
+        self, asked: Grown, pool: Examples, student: Apprentice, box: Box, budget: int, rng: np.random.Generator
     ) -> None:
         """See `SeededAttack`."""
         share = math.ceil((budget - len(asked)) / self.rounds)
@@ -74,7 +74,7 @@ class CloudLeak(SeededAttack):
             asked.ask(made[least_sure(learner.predict(made), n)])
 
     def fooling(
-        self, learner: Learner, starts: np.ndarray, asked: Asked, box: Box, rng: np.random.Generator
+        self, learner: Learner, starts: np.ndarray, asked: Grown, box: Box, rng: np.random.Generator
     ) -> np.ndarray:
         """FeatureFool: (n, ...) inputs near as many starts, between the starts' classes and others."""
         sources, known, labels = learner.predict(starts), learner.predict(asked.inputs), asked.answers.labels
