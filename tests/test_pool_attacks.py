@@ -55,7 +55,7 @@ class Fixed(torch.nn.Module):
         return self.function(inputs)
 
     def predict(self, inputs: Any) -> np.ndarray:
-        return self.function(_active.as_numbers(inputs[:])).detach().numpy()
+        return self.function(_active.numbers(inputs[:], torch.device("cpu"))).detach().numpy()
 
     def affordable(self) -> int:
         return self.queries
