@@ -538,7 +538,7 @@ class Experiment:
             "student": {**measure_size(student.module, one)},
         }
         result.classes, result.test_rows = self.data.classes, len(test)
-        result.tracks = self._tracks(answers["student"].posteriors)
+        result.tracks = self._tracks(answers["student"].posteriors, clean.posteriors)
         result.cost["evaluation_seconds"] = 0.0 if self.own is None else self.own.seconds
         _write_samples(self.data, answers, run_dir / "samples.jsonl")
 
@@ -554,22 +554,22 @@ class Experiment:
 
     def compare(self, student: TrainedStudent) -> dict[str, float]:
         """The student's accuracy and fidelity on the test rows, for a point of the budget curve."""
-        return self._compared(softmax(student.predict(self.data.test.inputs)))
+        test = self.data.test.inputs
+        return self._compared(softmax(student.predict(test)), self.provider.clean(test).posteriors)
 
-    def _tracks(self, posteriors: np.ndarray) -> dict[str, dict[str, Any]]:
+    def _tracks(self, posteriors: np.ndarray, clean: np.ndarray) -> dict[str, dict[str, Any]]:
         """Both students: see `distill.records.Result`."""
-        fresh = self._compared(posteriors)
+        fresh = self._compared(posteriors, clean)
         if self.own is None:
             return {"A": fresh, "B": {"own": False, **fresh}}
         curve = [
-            {"cost/queries": int(queries), **self._compared(softmax(logits))}
+            {"cost/queries": int(queries), **self._compared(softmax(logits), clean)}
             for queries, logits in zip(self.own.queries, self.own.logits, strict=True)
         ]
         return {"A": fresh, "B": {"own": True, **curve[-1], "curve": curve}}
 
-    def _compared(self, posteriors: np.ndarray) -> dict[str, float]:
-        """What the metrics say of a student's posteriors of the test rows."""
-        clean = self.provider.clean(self.data.test.inputs).posteriors
+    def _compared(self, posteriors: np.ndarray, clean: np.ndarray) -> dict[str, float]:
+        """What the metrics say of a student's posteriors of the test rows, given the teacher's."""
         numbers: dict[str, float] = {}
         for metric in self.metrics.values():
             if metric.compares_with == "outliers":

@@ -10,13 +10,14 @@ import torch
 from torch.nn import functional
 
 from distill.attacks._generator import Generator, squash
+from distill.attacks._options import at_least, positive
+from distill.attacks._own import Showing
 from distill.contracts import Apprentice, Learner, Oracle
 from distill.errors import DistillError
 from distill.randomness import derive
 from distill.records import Examples, Queries, Reveals, TransferSet
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of the students, as Truong et al. and those who build on them
-SHOWN = 10  # how often in a run the attack's own student is handed in
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits and posteriors, (n, classes) each -> (n,)
 
@@ -202,22 +203,10 @@ class DataFree:
         width: int,
         kept: int,
     ) -> None:
-        counts = {
-            "batch_size": batch_size,
-            "generator_steps": generator_steps,
-            "student_steps": student_steps,
-            "latent": latent,
-            "width": width,
-            "kept": kept,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name} is at least 1, not {count}")
-        if replay_steps < 0:
-            raise ValueError(f"replay_steps is at least 0, not {replay_steps}")
-        for name, lr in (("student_lr", student_lr), ("generator_lr", generator_lr)):
-            if not lr > 0:
-                raise ValueError(f"{name} is more than 0, not {lr}")
+        at_least(1, batch_size=batch_size, generator_steps=generator_steps, student_steps=student_steps)
+        at_least(1, latent=latent, width=width, kept=kept)
+        at_least(0, replay_steps=replay_steps)
+        positive(student_lr=student_lr, generator_lr=generator_lr)
         self.batch_size, self.generator_steps, self.student_steps = batch_size, generator_steps, student_steps
         self.replay_steps, self.student_lr, self.generator_lr = replay_steps, student_lr, generator_lr
         self.latent, self.width, self.kept = latent, width, kept
@@ -280,8 +269,9 @@ class DataFree:
             for own in game.students
         ]
         a_round = self.batch_size * self.student_steps + self.generator_steps * self.steering_queries
+        showing = Showing(student, game.total)
         while game.left:
-            rate, shown = self.rate(game.asked / game.total), game.asked * SHOWN // game.total
+            rate = self.rate(game.asked / game.total)
             for optimizer, lr in ((generating, self.generator_lr), *((each, self.student_lr) for each in learning)):
                 optimizer.param_groups[0]["lr"] = lr * rate
             if game.left >= a_round:
@@ -293,8 +283,7 @@ class DataFree:
                     loss.backward(inputs=parameters)
                     generating.step()
             self._teach(game, min(game.left, self.batch_size * self.student_steps), distance, learning)
-            if game.asked * SHOWN // game.total > shown:
-                student.show(game.students[0], game.asked)
+            showing.after(game.students[0], game.asked)
 
     def _teach(self, game: Game, n: int, distance: Distance, learning: Sequence[torch.optim.Optimizer]) -> None:
         """Let the students learn from n new queries, and from earlier ones."""
@@ -330,10 +319,8 @@ class Estimating(DataFree):
 
     def __init__(self, *, directions: int, step: float, **options: float) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
-        if directions < 1:
-            raise ValueError(f"directions is at least 1, not {directions}")
-        if not step > 0:
-            raise ValueError(f"step is more than 0, not {step}")
+        at_least(1, directions=directions)
+        positive(step=step)
         self.directions, self.step = directions, step
 
     @property

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from distill.attacks._options import at_least, one_of, positive
 from distill.attacks.rounds import random_rows
 from distill.contracts import Apprentice, Learner, Oracle
 from distill.errors import DistillError
@@ -338,24 +339,3 @@ class TargetedMoves(Augmentation):
             step=self.step,
             steps=self.steps,
         )
-
-
-def at_least(least: int, **options: int) -> None:
-    """Raises `ValueError` that names the option."""
-    for name, value in options.items():
-        if value < least:
-            raise ValueError(f"{name} is at least {least}, not {value}")
-
-
-def positive(**options: float) -> None:
-    """Raises `ValueError` that names the option."""
-    for name, value in options.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} is more than 0, not {value}")
-
-
-def one_of(known: tuple[str, ...], **options: str) -> None:
-    """Raises `ValueError` that names the option."""
-    for name, value in options.items():
-        if value not in known:
-            raise ValueError(f"{name} is {' or '.join(known)}, not {value!r}")

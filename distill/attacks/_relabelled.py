@@ -32,8 +32,7 @@ class Relabelled:
     profile: ClassVar[str] = "label"  # what the answers in their place reveal
 
     def __init__(self, attack: Attack) -> None:
-        if attack is None or isinstance(attack, (str, dict)) or of_language("attack", type(attack)):
-            raise DistillError(f"attack is another attack on a classifier (attack@attack.attack=copycat), not {attack}")
+        check_attack(attack)
         if isinstance(attack, Relabelled):
             raise DistillError(f"attack asks a teacher; {type(attack).__name__} is a control itself")
         self.attack, self.uses_teacher = attack, attack.adapts
@@ -104,6 +103,12 @@ class OwnExamples(Relabelled):
         rows = np.sort(rows[: self.examples])
         truth = one_hot(true_labels(pool, student)[rows], asked.classes)
         return TransferSet(rows, truth, targets=truth, pool=pool.fingerprint, profile="label")
+
+
+def check_attack(attack: Attack) -> None:
+    """Raises `DistillError` where what should be wrapped is no attack on a classifier."""
+    if attack is None or isinstance(attack, (str, dict)) or of_language("attack", type(attack)):
+        raise DistillError(f"attack is another attack on a classifier (attack@attack.attack=copycat), not {attack}")
 
 
 def true_labels(pool: Examples, student: Apprentice) -> np.ndarray:

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from distill.attacks._relabelled import Relabelled
-from distill.contracts import Apprentice, Attack, Oracle, of_language
+from distill.attacks._relabelled import Relabelled, check_attack
+from distill.contracts import Apprentice, Attack, Oracle
 from distill.errors import DistillError
 from distill.records import Answers, Cost, Examples, Inputs, InterfaceProfile, Queries, Reveals, TransferSet
 
@@ -34,8 +34,7 @@ class Repeats:
     uses_teacher: ClassVar[bool] = True
 
     def __init__(self, attack: Attack, times: int) -> None:
-        if attack is None or isinstance(attack, (str, dict)) or of_language("attack", type(attack)):
-            raise DistillError(f"attack is another attack on a classifier (attack@attack.attack=copycat), not {attack}")
+        check_attack(attack)
         if isinstance(attack, Relabelled):
             raise DistillError(f"attack asks something; {type(attack).__name__} is a control, which has no queries")
         if times < 2:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from distill.attacks._options import at_least
 from distill.attacks._own import Showing, numbers
 from distill.contracts import Apprentice, Learner, Oracle
 from distill.randomness import generator
@@ -58,9 +59,7 @@ class BlackboxDissector:
     inputs: ClassVar[tuple[str, ...]] = ("image",)
 
     def __init__(self, rounds: int = 5, erased: float = 0.5, proposals: int = 10, pseudo_labelled: float = 1.0) -> None:
-        for name, count in {"rounds": rounds, "proposals": proposals}.items():
-            if count < 1:
-                raise ValueError(f"{name} is at least 1, not {count}")
+        at_least(1, rounds=rounds, proposals=proposals)
         if not 0 <= erased <= 1:
             raise ValueError(f"erased lies between 0 and 1, not {erased}")
         if not 0 <= pseudo_labelled < float("inf"):

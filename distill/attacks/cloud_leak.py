@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from scipy.spatial.distance import pdist
 
-from distill.attacks._moves import Box, Grown, SeededAttack, as_floats, at_least, moved, one_of, positive
+from distill.attacks._moves import Box, Grown, SeededAttack, as_floats, moved
+from distill.attacks._options import at_least, one_of, positive
 from distill.contracts import Apprentice, Learner
 from distill.records import Examples, softmax
 

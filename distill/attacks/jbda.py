@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from distill.attacks._moves import Augmentation, Box, at_least, away_from, moved, positive, towards
+from distill.attacks._moves import Augmentation, Box, away_from, moved, towards
+from distill.attacks._options import at_least, positive
 from distill.contracts import Learner
 from distill.records import Answers
 

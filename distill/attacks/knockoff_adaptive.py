@@ -7,6 +7,7 @@ import torch
 
 from distill.attacks._bandit import Bandit, Standardised
 from distill.attacks._made import Asked
+from distill.attacks._options import at_least, positive
 from distill.attacks._own import STANDARDISED_ON, Showing, begin, numbers, own_randomness, soft_cross_entropy
 from distill.contracts import Apprentice, Learner, Oracle
 from distill.errors import DistillError, nearest
@@ -58,11 +59,8 @@ class KnockoffAdaptive:
     def __init__(self, reward: str = "all", batch: int = 1, window: int = 25, lr: float = 1e-3) -> None:
         if reward not in ("all", *REWARDS):
             raise ValueError(f"reward has no '{reward}'.{nearest(str(reward), ('all', *REWARDS))}")
-        for name, count in {"batch": batch, "window": window}.items():
-            if count < 1:
-                raise ValueError(f"{name} is at least 1, not {count}")
-        if not lr > 0:
-            raise ValueError(f"lr is more than 0, not {lr}")
+        at_least(1, batch=batch, window=window)
+        positive(lr=lr)
         self.rewards = REWARDS if reward == "all" else (reward,)
         self.batch, self.window, self.lr = batch, window, lr
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from distill.attacks._moves import TargetedMoves, at_least
+from distill.attacks._moves import TargetedMoves
+from distill.attacks._options import at_least
 
 
 class Prada(TargetedMoves):

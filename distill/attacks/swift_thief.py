@@ -9,6 +9,7 @@ from torch import nn
 
 from distill.attacks._contrastive import Heads, pair_weights, simsiam, soft_supervised
 from distill.attacks._made import Asked
+from distill.attacks._options import at_least, positive
 from distill.attacks._own import Showing, begin, numbers, own_randomness, soft_cross_entropy
 from distill.attacks._views import views
 from distill.attacks.rounds import random_rows
@@ -77,23 +78,12 @@ class SwiftThief:
         lr: float = 0.01,
         width: int = 256,
     ) -> None:
-        counts = {
-            "rounds": rounds,
-            "contrastive_epochs": contrastive_epochs,
-            "matching_epochs": matching_epochs,
-            "unlabelled": unlabelled,
-            "width": width,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name} is at least 1, not {count}")
-        if batch_size < 2:
-            raise ValueError(f"batch_size is at least 2, not {batch_size}")
+        at_least(1, rounds=rounds, contrastive_epochs=contrastive_epochs, matching_epochs=matching_epochs)
+        at_least(1, unlabelled=unlabelled, width=width)
+        at_least(2, batch_size=batch_size)
         if not 0 <= weight < math.inf:
             raise ValueError(f"weight is at least 0, not {weight}")
-        for name, rate in {"contrastive_lr": contrastive_lr, "lr": lr}.items():
-            if not rate > 0:
-                raise ValueError(f"{name} is more than 0, not {rate}")
+        positive(contrastive_lr=contrastive_lr, lr=lr)
         self.rounds, self.contrastive_epochs, self.matching_epochs = rounds, contrastive_epochs, matching_epochs
         self.unlabelled, self.batch_size, self.weight = unlabelled, batch_size, weight
         self.contrastive_lr, self.lr, self.width = contrastive_lr, lr, width
