@@ -27,7 +27,8 @@ QUERY_GROUPS = (
     *("sampling", "samples"),
 )
 STUDENT_GROUPS = (
-    *("recovery", "signal", "rollout", "objective", "student", "training", "max_length", "metric", "outliers", "curve"),
+    *("recovery", "signal", "rollout", "objective", "student", "training", "max_length", "own_examples"),
+    *("metric", "outliers", "curve"),
 )
 # What the queries of an attack that adapts depend on besides: the students that it trains on the way.
 LEARNER_GROUPS = ("recovery", "objective", "student", "training")
@@ -52,13 +53,15 @@ CONTENT_KEYS = frozenset({"path", "test_path", "model"})
 
 @dataclass
 class AccessConfig:
-    """What the API reveals and what the attacker is billed; prices of tokens are those of language models."""
+    """What the API reveals and lets ask, and what the attacker is billed; tokens are those of language models."""
 
     profile: str = "probs"
     top_k: int | None = None
     usd_per_query: float = 0.0
     usd_per_mtok_in: float = 0.0
     usd_per_mtok_out: float = 0.0
+    logit_bias: bool = False
+    prompt_logprobs: bool = False
 
 
 @dataclass
@@ -113,6 +116,7 @@ class Config:
     signal: Any = None
     rollout: Any = None
     max_length: int = 512
+    own_examples: int = 0  # labelled ones of the attacker's own, which are mixed into the training of a language model
     name: str = MISSING
     run: RunConfig = field(default_factory=RunConfig)
 

@@ -10,7 +10,7 @@ the evaluation holds everything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # this page is read where torch is not loaded
     import torch
 
     from distill.alignment import Aligned
+    from distill.decoding import Guided, Processor
     from distill.heads import Head, Sparse
 
 
@@ -499,6 +500,8 @@ def of_language(group: str, kind: type) -> bool:
     """Whether a class of a room is of the generation domain."""
     if group == "objective":  # both have `loss`; that of a classifier prepares targets
         return "prepare" not in dir(kind)
+    if group == "defense":  # no defense at all is of both
+        return "perturb" not in dir(kind)
     return bool(LANGUAGE_METHODS & set(dir(kind)))
 
 
@@ -592,6 +595,114 @@ class LocalLanguageTeacher(LanguageTeacher, Protocol):
         ...
 
 
+@runtime_checkable
+class LanguageDefense(Protocol):
+    """`distill.provider.defenses`, in the generation domain: what a provider does to text and log-probabilities.
+
+    A request passes through `sampling`, is decoded under `logits_processor` and goes out through `release`. Answers as
+    they were decoded are cached, so what is done to them after that is applied to the same ones.
+
+    Attributes:
+        exposes: The richest profile that it lets through. `distill.records.EVERY_LOGPROB` where it changes the logits:
+            the states behind them are not what is released.
+        tokens_read: How many tokens models of its own have read or written so far: what it costs its provider.
+    """
+
+    exposes: InterfaceProfile
+
+    @property
+    def tokens_read(self) -> int: ...
+
+    def sampling(self, asked: Sampling) -> Sampling:
+        """How an answer is drawn in place of what was asked for; never with more `max_tokens`."""
+        ...
+
+    def logits_processor(self, sampling: Sampling) -> Processor | Guided | None:
+        """What is done to the logits of each next token, before they are divided by `sampling.temperature` and cut to
+        `sampling.top_p`; None for nothing. The log-probabilities that are told are those of its result.
+
+        Like an answer, what it does to a row depends on that row's tokens alone.
+        """
+        ...
+
+    def release(self, prompts: Prompts, completions: Completions, sampling: Sampling, rng: KeyedRandom) -> Completions:
+        """What is given out of n answers. Row i depends on row i of the arguments only.
+
+        Everything that goes out must tell the same story: texts, tokens and their log-probabilities, the reasons why
+        answers ended and `completion_tokens`, which is what is billed. None is longer than `sampling.max_tokens`.
+
+        Args:
+            prompts: n prompts.
+            completions: n answers as they were decoded, with the log-probabilities that the profile tells.
+            sampling: As it was asked for.
+            rng: Of n rows.
+        """
+        ...
+
+
+@runtime_checkable
+class PreparedLanguageDefense(LanguageDefense, Protocol):
+    """A language defense with models of its own, or one that changes the teacher's weights.
+
+    Attributes:
+        fingerprint: Content hash of its models; empty until `prepare` has returned.
+    """
+
+    fingerprint: str
+
+    def prepare(self, teacher: LanguageTeacher, task: Task, trainer: Any, cache: Path, seed: int) -> LanguageTeacher:
+        """Load or train its models once and keep them under `cache`; several processes may do so at once.
+
+        Args:
+            teacher: The undefended teacher, prepared.
+            task: The provider's; what it learns from is `task.train`.
+            trainer: A `distill.training.Trainer`.
+            cache: The folder that runs share.
+            seed: Of the models.
+
+        Returns:
+            The teacher that answers from now on: the same one, unless the defense is one of training.
+
+        Raises:
+            DistillError: The teacher's weights are elsewhere and it needs them, or its tokens are not its models'.
+        """
+        ...
+
+
+@runtime_checkable
+class Watermark(LanguageDefense, Protocol):
+    """A language defense that marks its text, so that whoever holds the key can tell.
+
+    Attributes:
+        width: How many tokens before a token decide how it is marked.
+    """
+
+    width: int
+
+    def evidence(self, windows: np.ndarray, tokens: np.ndarray, key: int | None = None) -> np.ndarray:
+        """(n,) float64: how marked each token looks; large where it does.
+
+        Args:
+            windows: (n, width) integers, the tokens before.
+            tokens: (n,) integers.
+            key: Another key than the provider's own, for a control.
+        """
+        ...
+
+    def countable(self, windows: np.ndarray, tokens: np.ndarray, key: int | None = None) -> np.ndarray:
+        """(n,) bool: the tokens that may be counted together, each marked by numbers of its own: the first of those that
+        have what decides in common. Arguments as of `evidence`."""
+        ...
+
+    def p_value(self, evidence: np.ndarray) -> float:
+        """Chance of at least so much evidence in n countable tokens that know nothing of the key. 1 for no tokens."""
+        ...
+
+    def log10_p_value(self, evidence: np.ndarray) -> float:
+        """The same, where it is too small for a float."""
+        ...
+
+
 class LanguageOracle(Protocol):
     """The attacker's handle on a provider of text.
 
@@ -619,8 +730,9 @@ class LanguageOracle(Protocol):
         """
         ...
 
-    def score(self, sequences: list[list[int]], starts: list[int]) -> list[Head]:
-        """The distributions of each sequence's tokens from `starts` on, with weights of a local teacher.
+    def score(self, sequences: list[list[int]], starts: list[int]) -> list[Head] | list[Sparse]:
+        """The distributions of each sequence's tokens from `starts` on, or the most probable tokens, as many as answers
+        tell, where the API tells no more (`InterfaceProfile.scores`).
 
         One query for each sequence, its tokens billed as those of a prompt.
 
@@ -664,14 +776,47 @@ class Curation(Protocol):
     """`distill.recovery`, in the generation domain: which answers to train on, and how much each counts.
 
     Attributes:
-        knows: As of `Recovery`; "the task's checker" for verified answers.
+        knows: As of `Recovery`; "the task's checker" for verified answers, "own labelled examples" for a recovery that
+            measures on those of the attacker (``own_examples``).
     """
 
     knows: str
 
     def curate(self, synthetic: SyntheticSet, knowledge: Mapping[str, Any]) -> SyntheticSet:
-        """What is left, with the counts of what was dropped. `knowledge` holds what `knows` asks for and no more."""
+        """What is left, with the counts of what was dropped.
+
+        Args:
+            synthetic: The answers as they were returned.
+            knowledge: What `knows` asks for and no more: "check", the task's checker; or "own", the attacker's labelled
+                examples as a `SyntheticSet`, and "student", a `LanguageApprentice`.
+        """
         ...
+
+
+class LanguageApprentice(Protocol):
+    """What a curation is handed that trains students of its own on the way.
+
+    Attributes:
+        seed: The run's.
+    """
+
+    seed: int
+
+    def fit(self, synthetic: SyntheticSet) -> TrainedLanguage:
+        """A student trained on the texts of these answers from fresh weights, with the run's recipe and rollout off."""
+        ...
+
+
+class TrainedLanguage(Protocol):
+    """A language model of the attacker's own.
+
+    Attributes:
+        module: A Hugging Face causal language model in evaluation mode.
+        tokenizer: Its tokenizer.
+    """
+
+    module: Any
+    tokenizer: Any
 
 
 class Codec(Protocol):
@@ -789,10 +934,12 @@ class Rollout(Protocol):
     """`distill.rollouts`: on whose text a step learns.
 
     Attributes:
+        requires: The poorest profile that it works with, at text that the student wrote.
         writes: False where it is always the synthetic set's.
         needs_validation: It looks at the loss on rows held out.
     """
 
+    requires: ClassVar[Reveals]
     writes: ClassVar[bool]
     needs_validation: ClassVar[bool]
 
@@ -853,6 +1000,25 @@ class LanguageStudent(Protocol):
 
 
 @runtime_checkable
+class AdaptedStudent(LanguageStudent, Protocol):
+    """A student that speaks otherwise than it was trained to: its logits are changed while it answers."""
+
+    def adapt(self, network: torch.nn.Module, tokenizer: Any, synthetic: SyntheticSet) -> dict[str, torch.Tensor]:
+        """What it has to remember for that, made after training; it is saved with the student.
+
+        Args:
+            network: The trained student, a Hugging Face causal language model.
+            tokenizer: Its tokenizer.
+            synthetic: What it was trained on.
+        """
+        ...
+
+    def speaking(self, memory: dict[str, torch.Tensor]) -> Processor:
+        """The change of the logits, from what `adapt` returned."""
+        ...
+
+
+@runtime_checkable
 class WhiteBoxStudent(LanguageStudent, Protocol):
     """A student that is built from the teacher's own weights, which nobody has who only queries it."""
 
@@ -866,8 +1032,8 @@ class LanguageMetric(Protocol):
     """`distill.metrics`, in the generation domain.
 
     Attributes:
-        section: Where `result.json` keeps it: "accuracy" or "calibration" (one entry for each `who` of the evidence),
-            or "fidelity" (of the student).
+        section: Where `result.json` keeps it: "accuracy", "calibration" or "ownership" (one entry for each `who` of the
+            evidence), or "fidelity" (of the student).
         higher_is_better: For each name that `judge` returns.
     """
 
@@ -876,4 +1042,58 @@ class LanguageMetric(Protocol):
 
     def judge(self, evidence: Evidence, who: str) -> dict[str, float]:
         """The numbers of `who`; empty where the evidence does not tell."""
+        ...
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What the evaluation knows of a language model whose weights are here, to judge what was found out about it.
+
+    Attributes:
+        head: (vocabulary, width) float64 output matrix.
+        hidden: From n prompts to the (n, width) float64 states that the first token of each answer is drawn from.
+        logits: From n prompts to the (n, vocabulary) float64 logits of that token.
+    """
+
+    head: np.ndarray
+    hidden: Callable[[Prompts], np.ndarray]
+    logits: Callable[[Prompts], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far an extraction came.
+
+    Attributes:
+        recovered: By the attack's own criterion; None where nobody knows the truth.
+        error: What that criterion looks at, in its units; None where nobody knows.
+        note: What the attacker believes, in a few words.
+        formula: How many queries the paper's formula says that it takes; None where it says nothing.
+    """
+
+    recovered: bool | None
+    error: float | None
+    note: str
+    formula: int | None = None
+
+
+class Leak(Protocol):
+    """`distill.leaks`: an extraction attack on the interface of a language model, which learns something about the model
+    that its answers were not meant to tell."""
+
+    def refusal(self, oracle: LanguageOracle) -> str:
+        """Why this interface stops it before anything is asked, such as "no logit bias"; "" where it may begin."""
+        ...
+
+    def extract(self, oracle: LanguageOracle, pool: Prompts, seed: int) -> Any:
+        """Ask, and return what was found out.
+
+        Raises:
+            BudgetExceeded: The budget does not pay for it.
+            DistillError: The answers do not tell what the interface promised, or the pool does not serve.
+        """
+        ...
+
+    def judge(self, found: Any, inside: Inside | None) -> Verdict:
+        """Compare what was found out with the model, or say what is believed where its weights are elsewhere."""
         ...

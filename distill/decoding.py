@@ -24,6 +24,23 @@ from distill.language import Completions, Sampling, texts
 # Called with the tokens of each row so far, prompt included, and (n, vocabulary) float32 logits; returns such logits.
 Processor = Callable[[list[list[int]], torch.Tensor], torch.Tensor]
 
+
+@dataclass(frozen=True)
+class Guided:
+    """A change of the logits that looks at what other models say of the same tokens.
+
+    The decoder runs them in step with the teacher, each with a cache of its own, so that a token costs one forward pass
+    of each and no more.
+
+    Args:
+        networks: The other models. They read the teacher's tokens.
+        change: As a `Processor`, with the (n, vocabulary) float32 logits of each network as a third argument.
+    """
+
+    networks: Sequence[Network]
+    change: Callable[[list[list[int]], torch.Tensor, list[torch.Tensor]], torch.Tensor]
+
+
 PREFILL_TOKENS = 8192  # of prompts that are read in one forward pass, padding included: bounds the memory
 REFILL = 8  # one that waits is let in when this share of the slots (one in so many) is free: it is read with others
 GROWTH = 128  # columns by which the cache grows
@@ -35,6 +52,9 @@ class Network:
 
     Args:
         model: A Hugging Face causal language model in evaluation mode, with all of its weights in memory.
+
+    Attributes:
+        tokens_read: How many tokens went through it, padding not counted.
 
     Raises:
         DistillError: Its logits are not its head applied to its last hidden states, or it does not decode with a cache
@@ -59,6 +79,7 @@ class Network:
         self._layer_types = set(told.get("layer_types") or ())
         if not self._layer_types:
             self._layer_types = {"full_attention" if self._window is None else "sliding_attention"}
+        self.tokens_read = 0
         if unknown := self._layer_types - {"full_attention", "sliding_attention"}:
             raise DistillError(f"{', '.join(sorted(unknown))} layers can't be decoded here", "teacher.model")
         self._try(model)
@@ -84,6 +105,7 @@ class Network:
         slots.admit(len(prompts), int(ends.max()) + 1)
         hidden = self._body(input_ids=padded(prompts).to(self.device), use_cache=True, **{self._cache: slots})
         last = hidden.last_hidden_state[torch.arange(len(prompts)), ends]
+        self.tokens_read += sum(map(len, prompts))
         return self.head(last).logits()
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor, slots: Slots) -> torch.Tensor:
@@ -97,6 +119,7 @@ class Network:
             use_cache=True,
             **{self._cache: slots},
         )
+        self.tokens_read += len(tokens)
         return self.head(hidden.last_hidden_state[:, 0]).logits()
 
     def _mask(self, positions: torch.Tensor, columns: int) -> Any:
@@ -121,6 +144,7 @@ class Network:
             slots = Slots(2)
             before = self.read([row[:-1] for row in rows], slots)
             after = self.step(torch.tensor([4, 6]), torch.tensor([3, 1]), slots)
+            self.tokens_read = 0
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise DistillError(f"this architecture can't be decoded here ({problem})", "teacher.model") from error
@@ -238,7 +262,7 @@ class Decoder:
         sampling: Sampling,
         uniforms: np.ndarray | None,
         top_k: int = 0,
-        processors: Sequence[Processor] = (),
+        processors: Sequence[Processor | Guided] = (),
     ) -> Completions:
         """The answers, in the order of the prompts.
 
@@ -250,7 +274,7 @@ class Decoder:
             sampling: How to draw.
             uniforms: (n, max_tokens) in (0, 1): by inversion, they decide what is drawn. None for greedy decoding.
             top_k: How many log-probabilities to tell at each position; 0 for none.
-            processors: Applied to the logits in this order.
+            processors: Applied in this order, to the logits with `sampling.logit_bias`.
 
         Raises:
             DistillError: The logits are not finite.
@@ -258,23 +282,26 @@ class Decoder:
         requests = [_Request(row, prompt) for row, prompt in enumerate(prompts)]
         waiting = deque(sorted(requests, key=lambda request: -len(request.prompt)))
         running: list[_Request] = []
-        slots = Slots(min(self._batch_size, len(requests)))
+        guides = [network for each in processors if isinstance(each, Guided) for network in each.networks]
+        models = [(network, Slots(min(self._batch_size, len(requests)))) for network in (self._network, *guides)]
         while waiting or running:
             free = self._batch_size - len(running)
             if waiting and (not running or REFILL * free >= self._batch_size):
                 many = min(free, len(waiting), max(1, PREFILL_TOKENS // len(waiting[0].prompt)))
                 asked = [waiting.popleft() for _ in range(many)]
-                logits = self._network.read([request.prompt for request in asked], slots)
+                read = [request.prompt for request in asked]
+                told = [network.read(read, slots) for network, slots in models]
                 running += asked
             else:
                 asked = running
                 tokens = torch.tensor([request.tokens[-1] for request in asked])
                 positions = torch.tensor([len(request.prompt) + len(request.tokens) - 1 for request in asked])
-                logits = self._network.step(tokens, positions, slots)
-            self._draw(asked, logits, sampling, uniforms, top_k, processors)
+                told = [network.step(tokens, positions, slots) for network, slots in models]
+            self._draw(asked, told, sampling, uniforms, top_k, processors)
             for i in reversed(range(len(running))):
                 if running[i].finish:
-                    slots.remove(i)
+                    for _, slots in models:
+                        slots.remove(i)
                     running[i] = running[-1]
                     running.pop()
         return self._completions(requests, top_k)
@@ -282,20 +309,22 @@ class Decoder:
     def _draw(
         self,
         requests: Sequence[_Request],
-        logits: torch.Tensor,
+        told: list[torch.Tensor],
         sampling: Sampling,
         uniforms: np.ndarray | None,
         top_k: int,
-        processors: Sequence[Processor],
+        processors: Sequence[Processor | Guided],
     ) -> None:
-        """One more token of each request."""
+        """One more token of each request. `told`: the logits of the model and of those that guide it."""
+        logits, *guides = told
         if not torch.isfinite(logits.amax(dim=-1)).all():  # a NaN is the largest; -inf alone is a masked token
             raise DistillError(
                 "the logits are not finite: the weights are damaged, or teacher.dtype is too narrow for them",
                 "teacher.model",
             )
-        for processor in processors:
-            logits = processor([request.prompt + request.tokens for request in requests], logits)
+        if processors or sampling.logit_bias:
+            tokens = [request.prompt + request.tokens for request in requests]
+            logits = processed(logits, tokens, sampling, processors, guides)
         if uniforms is None:
             drawn = logits.argmax(dim=-1)
         else:
@@ -305,9 +334,9 @@ class Decoder:
         if top_k:
             logprobs = logits.log_softmax(dim=-1)
             top = logprobs.topk(min(top_k, logits.shape[1]), dim=-1)
-            told = logprobs.gather(1, drawn[:, None])[:, 0].tolist()
+            own = logprobs.gather(1, drawn[:, None])[:, 0].tolist()
             for request, value, some, values in zip(
-                requests, told, top.indices.cpu().numpy(), top.values.cpu().numpy(), strict=True
+                requests, own, top.indices.cpu().numpy(), top.values.cpu().numpy(), strict=True
             ):
                 request.logprobs.append(value)
                 request.top_ids.append(some)
@@ -353,6 +382,41 @@ class Decoder:
             token_ids=np.array([token for request in requests for token in request.tokens], dtype=np.int32),
             **flat,
         )
+
+
+def processed(
+    logits: torch.Tensor,
+    tokens: list[list[int]],
+    sampling: Sampling,
+    processors: Sequence[Processor | Guided],
+    guides: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """(n, vocabulary) logits with the request's bias and what `processors` do to them.
+
+    Args:
+        logits: (n, vocabulary) float32 of the model.
+        tokens: The n sequences before them.
+        sampling: Of the request.
+        processors: Applied in this order.
+        guides: The logits of the networks of those that are `Guided`, in order, each as `logits`.
+
+    Raises:
+        DistillError: The bias names a token that there isn't.
+    """
+    if sampling.logit_bias:
+        named = torch.tensor([token for token, _ in sampling.logit_bias], device=logits.device)
+        if not 0 <= int(named.min()) <= int(named.max()) < logits.shape[1]:
+            raise DistillError(f"the teacher has {logits.shape[1]} tokens, and one of another is named", "attack")
+        bias = torch.tensor([value for _, value in sampling.logit_bias], device=logits.device, dtype=logits.dtype)
+        logits = logits.index_add(1, named, bias.expand(len(logits), -1))
+    rest = list(guides)
+    for processor in processors:
+        if isinstance(processor, Guided):
+            theirs, rest = rest[: len(processor.networks)], rest[len(processor.networks) :]
+            logits = processor.change(tokens, logits, theirs)
+        else:
+            logits = processor(tokens, logits)
+    return logits
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor, top_p: float) -> torch.Tensor:

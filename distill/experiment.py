@@ -626,16 +626,20 @@ def _load_outliers(pool: str, data: str) -> Examples:
 
 def check_domain(config: Any, choices: dict[str, str], language: bool) -> None:
     """Raises `DistillError` where a component is of the other domain, before anything is loaded."""
-    for group in ("teacher", "attack", "recovery", "objective", "student", "pool", "metric"):
+    for group in ("teacher", "defense", "attack", "recovery", "objective", "student", "pool", "metric"):
         nodes = config.metric if group == "metric" else {choices.get(group, ""): config[group]}
         for option, node in nodes.items():
-            if of_language(group, locate(node["_target_"], group)) is not language:
+            if not _fits(group, language, locate(node["_target_"], group)):
                 fits = options_that(group, partial(_fits, group, language))
                 what = "generates text" if language else "classifies (no sampling is set)"
                 raise DistillError(f"{option} is of the other domain; this experiment {what}: {', '.join(fits)}", group)
+    if not language and config.own_examples:
+        raise DistillError("mixes labelled answers into the training of a language model; leave it 0", "own_examples")
 
 
 def _fits(group: str, language: bool, kind: type) -> bool:
+    if group == "defense" and language:
+        return "release" in dir(kind)  # no defense at all is of both domains
     return of_language(group, kind) is language
 
 

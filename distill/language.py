@@ -113,6 +113,7 @@ class Sampling:
         system_prompt: Put before chats that have no system message of their own; None for none.
         stop: Texts that end an answer; they are not part of it.
         seed: With the prompt and the repeat, what a drawn answer depends on.
+        logit_bias: Pairs of a token and what is added to its logit, where the API takes them. A defense sees the sum.
 
     Raises:
         DistillError: A value is out of its range.
@@ -124,6 +125,7 @@ class Sampling:
     system_prompt: str | None = None
     stop: tuple[str, ...] = ()
     seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -133,6 +135,7 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise DistillError(f"must be more than 0 and at most 1, not {self.top_p}", "sampling.top_p")
         object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "logit_bias", tuple((int(token), float(bias)) for token, bias in self.logit_bias))
         if "" in self.stop:
             raise DistillError("an empty text ends every answer before it begins; leave it out", "sampling.stop")
 
@@ -143,7 +146,8 @@ class Sampling:
     @cached_property
     def digest(self) -> str:
         """16 hexadecimal digits."""
-        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=8).hexdigest()
+        facts = {name: value for name, value in asdict(self).items() if name != "logit_bias" or value}
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def request_keys(self, prompts: Prompts, repeats: np.ndarray) -> np.ndarray:
         """(n,) ``S16``: what identifies a request to one teacher: prompt, sampling and how often it was made before.
@@ -330,6 +334,43 @@ class SyntheticSet:
             rows=(np.arange(len(self)) if self.rows is None else self.rows)[rows],
         )
 
+    def followed_by(self, other: SyntheticSet) -> SyntheticSet:
+        """These answers and then those of another set, as texts: what tokens either came with is left out."""
+
+        def weights(part: SyntheticSet) -> np.ndarray:
+            return np.ones(len(part), np.float32) if part.weights is None else part.weights
+
+        def both(name: str) -> Any:
+            mine, theirs = getattr(self.prompts, name), getattr(other.prompts, name)
+            return None if mine is None or theirs is None else np.concatenate([mine, theirs])
+
+        parts = [self.completions.without_tokens(), other.completions.without_tokens()]
+        return replace(
+            self,
+            prompts=replace(
+                self.prompts,
+                column=np.concatenate([self.prompts.column, other.prompts.column]),
+                references=both("references"),
+                entries=both("entries"),
+            ),
+            completions=Completions.join(parts),
+            repeats=np.concatenate([self.repeats, other.repeats]),
+            usd=np.concatenate([self.usd, other.usd]),
+            weights=None
+            if self.weights is None and other.weights is None
+            else np.concatenate([weights(self), weights(other)]),
+            rows=None,
+        )
+
+    @classmethod
+    def of_references(cls, prompts: Prompts, note: str = "") -> SyntheticSet:
+        """Right answers that nobody was asked for and that cost nothing. All prompts have a reference."""
+        n = len(prompts)
+        nothing = np.zeros(n, dtype=np.int64)
+        answers = texts([]) if prompts.references is None else prompts.references
+        completions = Completions(answers, texts(["stop"] * n), nothing, nothing)
+        return cls(prompts, completions, nothing, None, np.zeros(n), profile="text", note=note)
+
     def keep(self, mask: np.ndarray, filter_name: str) -> SyntheticSet:
         """The answers where `mask` holds, with the count of the others under the filter's name."""
         return replace(self.take(mask), dropped=self.dropped | {filter_name: int((~mask).sum())})
@@ -346,6 +387,10 @@ class Speaker(Protocol):
 
     def prompt_tokens(self, prompts: Prompts, sampling: Sampling) -> list[list[int]]:
         """The tokens that each prompt becomes, template and generation prompt included."""
+        ...
+
+    def generate(self, prompts: Prompts, sampling: Sampling, repeats: np.ndarray) -> Completions:
+        """Its answers, those of an adapted student as it gives them; see `distill.contracts.LanguageTeacher`."""
         ...
 
     def heads(self, sequences: list[list[int]], starts: list[int]) -> list[Any]:
@@ -365,6 +410,8 @@ class Evidence:
         text: (m,) object array of `str` for perplexity, or None.
         speakers: By `who`, the models whose distributions can be computed here; a teacher behind an API is not among
             them, nor is one whose tokens are not the student's.
+        watermark: The provider's (`distill.contracts.Watermark`), where its defense is one.
+        learnt: What the student was trained on, as it was returned.
     """
 
     prompts: Prompts
@@ -373,3 +420,5 @@ class Evidence:
     check: Checker | None
     text: np.ndarray | None
     speakers: Mapping[str, Speaker]
+    watermark: Any = None
+    learnt: SyntheticSet | None = None

@@ -11,23 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_model
+import torch
+from safetensors.torch import load_file, load_model, save_file
 from transformers.utils.logging import disable_progress_bar
 
 from distill import synthetic as answers_on_disk
-from distill.config import build, cache_dir, digest
+from distill.config import build, cache_dir, digest, identity
 from distill.contracts import (
+    AdaptedStudent,
     CrossTokenObjective,
     Curation,
+    LanguageDefense,
     LanguageMetric,
     LanguageObjective,
     LanguageOracle,
     LanguageStudent,
     LanguageTeacher,
     LocalLanguageTeacher,
+    PreparedLanguageDefense,
     PromptAttack,
     Rollout,
     Signal,
+    Watermark,
     WhiteBoxObjective,
     WhiteBoxStudent,
 )
@@ -36,12 +41,13 @@ from distill.experiment import SAMPLES, WEIGHTS, check_domain, check_profile, sa
 from distill.language import Completions, Evidence, Prompts, Sampling, SyntheticSet, Task
 from distill.language_training import TeacherSignal, build_language, fit_language_student
 from distill.launch import write_atomically
+from distill.objectives.sequence_kd import SequenceKD
 from distill.on_policy import fit_on_policy
 from distill.packing import same_tokens
 from distill.provider.language_provider import LanguageProvider
 from distill.provider.ledger import LanguageLedger, Prices
 from distill.provider.oracle import serve_text
-from distill.randomness import derive
+from distill.randomness import derive, generator
 from distill.records import Budget, InterfaceProfile, Result, Reveals
 from distill.rollouts.off_policy import OffPolicy
 from distill.signals.store import SignalCache
@@ -54,6 +60,7 @@ log = logging.getLogger(__name__)
 disable_progress_bar()  # transformers shows one for each model of a few megabytes
 
 SIGNALS_AT_ONCE = 256  # answers whose distributions are held in memory before they are stored
+MEMORY = "memory.safetensors"  # what an adapted student remembers
 
 
 @dataclass
@@ -63,13 +70,41 @@ class TrainedLanguageModel:
     module: Any
     tokenizer: Any
     history: dict[str, Any]
+    memory: dict[str, torch.Tensor] | None = None
+    adapted: AdaptedStudent | None = None
 
     @cached_property
     def speaker(self) -> CausalLM:
         """The network, as a model that answers."""
         speaker = CausalLM(batch_size=64)
         speaker.hold(self.module, self.tokenizer)
+        if self.adapted is not None and self.memory is not None:
+            speaker.speaking = [self.adapted.speaking(self.memory)]
         return speaker
+
+
+@dataclass
+class Apprentice:
+    """Trains students on texts alone, for a curation that looks at them (`distill.contracts.LanguageApprentice`)."""
+
+    students: LanguageStudents
+    seed: int
+
+    def fit(self, synthetic: SyntheticSet) -> TrainedLanguageModel:
+        students = self.students
+        objective: Any = SequenceKD()
+        network, history = fit_language_student(
+            students.trainer,
+            students.student,
+            synthetic,
+            objective,
+            students.recipe,
+            teachers=students.tokenizer,
+            max_length=students.max_length,
+            seed=derive(self.seed, "student"),
+            name="a student of the recovery's",
+        )
+        return TrainedLanguageModel(network, students.student.tokenizer(students.tokenizer), history)
 
 
 @dataclass
@@ -102,6 +137,8 @@ class LanguageStudents:
     max_length: int
     seed: int
     knowledge: dict[str, Any]
+    pool: Prompts
+    own_examples: int = 0
 
     def untrained(self) -> TrainedLanguageModel:
         """The initialisation, which depends on the seed alone: runs over several defenses are paired."""
@@ -114,6 +151,8 @@ class LanguageStudents:
         folder.mkdir(exist_ok=True)
         trained.module.config.save_pretrained(folder)
         trained.tokenizer.save_pretrained(folder)
+        if trained.memory is not None:
+            save_file(trained.memory, folder / MEMORY)
         save_weights(trained.module, trained.history, folder)
 
     def load(self, folder: Path) -> TrainedLanguageModel | None:
@@ -123,7 +162,26 @@ class LanguageStudents:
         trained = self.untrained()
         load_model(trained.module, folder / WEIGHTS)
         trained.history = history
+        if isinstance(self.student, AdaptedStudent):
+            trained.memory, trained.adapted = load_file(folder / MEMORY), self.student
         return trained
+
+    def own(self, synthetic: SyntheticSet) -> SyntheticSet:
+        """The attacker's labelled examples: prompts of the pool that were not asked, with their right answers.
+
+        Raises:
+            DistillError: The pool has no references, or not so many.
+        """
+        order = generator(self.seed, "own examples").permutation(len(self.pool))
+        free = order[~np.isin(self.pool.keys[order], synthetic.prompts.keys)][: self.own_examples]
+        if self.pool.references is None or len(free) < self.own_examples:
+            known = 0 if self.pool.references is None else len(free)
+            raise DistillError(
+                f"{self.own_examples} are wanted, and {self.pool.name} has {known} prompts with a reference that were "
+                "not asked",
+                "own_examples",
+            )
+        return SyntheticSet.of_references(self.pool.take(free), "the attacker's own")
 
     def fit(
         self,
@@ -142,8 +200,13 @@ class LanguageStudents:
             directory: Where the checkpoint lies while this runs.
             oracle: Scores the student's own text, where it learns from that.
         """
-        curated = self.curation.curate(synthetic, self.knowledge)
+        knowledge = self.knowledge
+        if self.curation.knows == "own labelled examples":
+            knowledge = {"own": self.own(synthetic), "student": Apprentice(self, self.seed)}
+        curated = self.curation.curate(synthetic, knowledge)
         signal = signal_of(curated)
+        if self.own_examples:
+            curated = curated.followed_by(self.own(synthetic))
         learn: Any = partial(fit_language_student, teachers=self.tokenizer)
         if oracle is not None:
             learn = partial(fit_on_policy, rollout=self.rollout, oracle=oracle)
@@ -162,7 +225,11 @@ class LanguageStudents:
         history["dropped"] = curated.dropped
         if isinstance(signal, StoredSignal):
             history["signal"] = signal.cache.summary()
-        return TrainedLanguageModel(network, self.student.tokenizer(self.tokenizer), history)
+        trained = TrainedLanguageModel(network, self.student.tokenizer(self.tokenizer), history)
+        if isinstance(self.student, AdaptedStudent):
+            trained.adapted = self.student
+            trained.memory = self.student.adapt(network, trained.tokenizer, curated)
+        return trained
 
 
 @dataclass
@@ -174,7 +241,8 @@ class LanguageExperiment:
     task: Task
     pool: Prompts
     teacher: LanguageTeacher
-    defense: Any
+    serving: LanguageTeacher
+    defense: LanguageDefense
     profile: InterfaceProfile
     budget: Budget
     sampling: Sampling
@@ -200,12 +268,11 @@ class LanguageExperiment:
             raise DistillError("shares of the budget between 0 and 1, such as [0.1,0.3]", "curve")
         if config.outliers is not None:
             raise DistillError("asks classifiers about inputs from elsewhere; leave it null for text", "outliers")
-        if choices["defense"] != "none":
-            raise DistillError(
-                f"{choices['defense']} defends classifiers; text is answered with defense=none", "defense"
-            )
+        if config.own_examples < 0:
+            raise DistillError(f"is at least 0, not {config.own_examples}", "own_examples")
         sampling: Sampling = build(config.sampling, "sampling")
         teacher: LanguageTeacher = build(config.teacher, "teacher")
+        defense: LanguageDefense = build(config.defense, "defense")
         attack: PromptAttack = build(config.attack, "attack")
         curation: Curation = build(config.recovery, "recovery")
         objective: LanguageObjective = build(config.objective, "objective")
@@ -218,11 +285,13 @@ class LanguageExperiment:
         task = build(config.data, "data").load()
         if not isinstance(task, Task):
             raise DistillError(f"{choices['data']} holds classes, but sampling is set, which asks for text", "data")
-        profile = InterfaceProfile.parse(config.access.profile, config.access.top_k)
+        access = _access(config)
+        profile = access.meet(defense.exposes)
         check_profile("attack", attack, choices, profile)
         check_profile("objective", objective, choices, profile)
         check_profile("signal", signal, choices, profile)
         check_profile("student", student, choices, profile)
+        check_profile("rollout", rollout, choices, profile)
         if rollout.writes and config.budget.scored is None:
             raise DistillError("a student that learns on its own text needs it scored; set how often", "budget.scored")
         inside = isinstance(objective, WhiteBoxObjective)
@@ -237,12 +306,21 @@ class LanguageExperiment:
         live = rollout.writes or inside  # the teacher reads what the student is trained on as it is trained
         if isinstance(signal, Text) and not live and objective.requires > Reveals.TEXT and not told:
             raise DistillError(f"objective={choices['objective']} learns from distributions; take top_k, say", "signal")
+        if config.own_examples and (live or not isinstance(signal, Text)):
+            raise DistillError(
+                "come as text alone; take signal=text and rollout=off_policy, or leave it 0", "own_examples"
+            )
+        if curation.knows == "own labelled examples" and not config.own_examples:
+            raise DistillError(f"{choices['recovery']} measures on them; give it some", "own_examples")
         if curation.knows == "the task's checker" and task.check is None:
             raise DistillError(f"{task.name} has no checker to verify answers with", "recovery")
         pool: Prompts = build(config.pool, "pool").load_prompts(task)
         if len(pool) == 0:
             raise DistillError("the pool is empty", "pool")
         teacher.prepare(task, trainer, cache_dir())
+        serving = teacher
+        if isinstance(defense, PreparedLanguageDefense):
+            serving = defense.prepare(teacher, task, trainer, cache_dir(), 0)  # as the teacher's, not the run's seed
         opened = teacher if profile.reveals is Reveals.WEIGHTS and isinstance(teacher, LocalLanguageTeacher) else None
         if isinstance(student, WhiteBoxStudent) and opened is not None:
             student = student.of_teacher(opened.network)
@@ -265,7 +343,8 @@ class LanguageExperiment:
             task=task,
             pool=pool,
             teacher=teacher,
-            defense=build(config.defense, "defense"),
+            serving=serving,
+            defense=defense,
             profile=profile,
             budget=budget,
             sampling=sampling,
@@ -282,6 +361,8 @@ class LanguageExperiment:
                 config.max_length,
                 config.seed,
                 knowledge,
+                pool,
+                config.own_examples,
             ),
             metrics=metrics,
             choices=choices,
@@ -296,19 +377,28 @@ class LanguageExperiment:
     def _provider(self, budget: Budget, log: Path | None = None) -> LanguageProvider:
         return LanguageProvider(
             self.teacher,
-            access=self.profile,
+            access=_access(self.config),
             prices=_prices(self.config),
             budget=budget,
             sampling=self.sampling,
             cache=cache_dir(),
             log=log,
+            defense=self.defense,
+            serving=self.serving,
+            defense_id=digest([identity(self.config.defense), self._fingerprint], length=16),
+            seed=self.config.seed,
         )
+
+    @property
+    def _fingerprint(self) -> str:
+        return self.defense.fingerprint if isinstance(self.defense, PreparedLanguageDefense) else ""
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """Content hashes of what the configuration only names."""
         return {
             "teacher": self.teacher.fingerprint,
+            "defense": self._fingerprint,
             "train": self.task.train.fingerprint,
             "test": self.task.test.fingerprint,
             "pool": self.pool.fingerprint,
@@ -404,14 +494,19 @@ class LanguageExperiment:
     def _evidence(self, students: dict[str, TrainedLanguageModel]) -> Evidence:
         test, sampling = self.task.test, replace(self.sampling, temperature=0.0)
         repeats = np.zeros(len(test), dtype=np.int64)
-        clean = self.provider.clean(test, sampling, repeats)
-        answers: dict[str, Completions] = {"teacher": clean, "defended_teacher": clean}
+        # The teacher as its users have it, with and without the defense; a student may answer as it likes.
+        answers: dict[str, Completions] = {
+            "teacher": self.provider.clean(test, self.sampling, repeats),
+            "defended_teacher": self.provider.defended(test, self.sampling, repeats),
+        }
         speakers: dict[str, Any] = {"teacher": self.teacher} if isinstance(self.teacher, LocalLanguageTeacher) else {}
         for who, model in students.items():
             answers[who] = model.speaker.generate(test, sampling, repeats)
             if self.teacher.tokenizer is not None and same_tokens(model.tokenizer, self.teacher.tokenizer):
                 speakers[who] = model.speaker
-        return Evidence(test, sampling, answers, self.task.check, self.task.held_out_text, speakers)
+        mark = self.defense if isinstance(self.defense, Watermark) else None
+        learnt = None if mark is None else self.load_answers()
+        return Evidence(test, sampling, answers, self.task.check, self.task.held_out_text, speakers, mark, learnt)
 
     def _pace(self, model: Any) -> float:
         """Answer tokens a second to 32 test prompts at once."""
@@ -429,6 +524,11 @@ def _check_tokens(student: LanguageStudent, teacher: LanguageTeacher, choices: d
             "them one by one; take uld, byte_likelihood, or sequence_kd with signal=text",
             "student",
         )
+
+
+def _access(config: Any) -> InterfaceProfile:
+    access = config.access
+    return InterfaceProfile.parse(access.profile, access.top_k, access.logit_bias, access.prompt_logprobs)
 
 
 def _prices(config: Any) -> Prices:

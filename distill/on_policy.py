@@ -8,7 +8,7 @@ with the same bits as one that was never interrupted.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distill.contracts import Example, LanguageObjective, LanguageOracle, LanguageStudent, Rollout, Write
-from distill.decoding import Decoder, Network, Processor
+from distill.decoding import Decoder, Guided, Network, Processor
 from distill.errors import DistillError
 from distill.heads import Head, Sparse
 from distill.language import Sampling, SyntheticSet
@@ -58,7 +58,7 @@ class Writer:
         uniforms = None
         if not sampling.greedy:
             uniforms = torch.rand(len(prompts), sampling.max_tokens, dtype=torch.float64).numpy()
-        processors: list[Processor] = [self._known]
+        processors: list[Processor | Guided] = [self._known]
         if teacher_share:
             processors = [_Mixed(self._oracle, teacher_share), self._known]
         training = self._model.training
@@ -93,7 +93,10 @@ class _Mixed:
             return logits
         # The distribution after a prefix is that of any token behind it.
         heads = self._oracle.score([[*tokens[row], 0] for row in rows], [len(tokens[row]) for row in rows])
-        theirs = replace(heads[0], hidden=torch.cat([head.hidden for head in heads])).logits().to(logits)
+        whole = joined(heads)
+        if isinstance(whole, Sparse):
+            raise DistillError("draws from the teacher, which tells its likeliest tokens only", "rollout")
+        theirs = whole.logits().to(logits)
         shared = min(theirs.shape[1], logits.shape[1])
         logits[rows] = -torch.inf
         logits[rows, :shared] = theirs[:, :shared]
@@ -105,6 +108,15 @@ class Written(Head):
     """The teacher's distributions at text that a rollout gave. `sequence`: (n,) int64, as in `Rollout.credit`."""
 
     sequence: torch.Tensor
+
+
+def joined(parts: Sequence[Head] | Sequence[Sparse]) -> Head | Sparse:
+    """One after the other; they share one matrix, or have as many tokens told at each position."""
+    heads = [part for part in parts if isinstance(part, Head)]
+    if heads:
+        return replace(heads[0], hidden=torch.cat([head.hidden for head in heads]))
+    told = [part for part in parts if isinstance(part, Sparse)]
+    return Sparse(torch.cat([part.ids for part in told]), torch.cat([part.logprobs for part in told]))
 
 
 class ScoredSignal:
@@ -136,9 +148,11 @@ class ScoredSignal:
             [prompt + answer[: end + 1] for (prompt, answer), end in zip(pairs, last, strict=True)],
             [len(prompt) for prompt, _ in pairs],
         )
-        firsts = np.cumsum([0, *map(len, heads)])[:-1]
-        hidden = torch.cat([head.hidden for head in heads])
-        head = replace(heads[0], hidden=hidden[torch.from_numpy(firsts[which] + token).to(hidden.device)])
+        rows = torch.from_numpy(np.cumsum([0, *map(len, heads)])[:-1][which] + token)
+        signal = joined(heads)
+        if isinstance(signal, Sparse):
+            return Sparse(signal.ids[rows], signal.logprobs[rows])
+        head = signal.take(rows.to(signal.hidden.device))
         return head if given else Written(**vars(head), sequence=torch.from_numpy(which))
 
     def _example(self, i: int) -> Example:

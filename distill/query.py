@@ -22,7 +22,13 @@ from distill.launch import RANK, claim, launch, write_atomically
 
 log = logging.getLogger(__name__)
 
-NEW_WORK = ("teacher_forwards", "teacher_tokens", "spent_usd", "query_seconds")  # costs that are paid once, not a run
+NEW_WORK = (
+    "teacher_forwards",
+    "teacher_tokens",
+    "defense_tokens",
+    "spent_usd",
+    "query_seconds",
+)  # costs that are paid once, not a run
 
 
 def query(experiment: Any, *, force: bool = False) -> tuple[Any, dict[str, float]]:

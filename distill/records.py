@@ -9,6 +9,7 @@ import enum
 import hashlib
 import json
 import math
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -171,10 +172,19 @@ class Reveals(enum.IntEnum):
 
 @dataclass(frozen=True)
 class InterfaceProfile:
-    """What an answer reveals: ``label < top_k < probs < logits``."""
+    """What an answer reveals, ``label < top_k < probs < logits``, and what a request may ask.
+
+    Args:
+        reveals: How much an answer says.
+        top_k: How many of the most probable tokens (classes) it names, with `Reveals.TOP_K` alone.
+        logit_bias: Of language models: a request may add numbers to the logits of tokens that it names.
+        prompt_logprobs: Of language models: log-probabilities of given tokens are told too, not those of answers alone.
+    """
 
     reveals: Reveals
     top_k: int | None = None
+    logit_bias: bool = False
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         if (self.reveals is Reveals.TOP_K) != (self.top_k is not None):
@@ -183,21 +193,38 @@ class InterfaceProfile:
             raise DistillError(f"top_k is at least 1, not {self.top_k}", "access.top_k")
 
     @classmethod
-    def parse(cls, name: str, top_k: int | None = None) -> InterfaceProfile:
-        """From a config's words. Raises `DistillError` for an unknown name."""
+    def parse(
+        cls, name: str, top_k: int | None = None, logit_bias: bool = False, prompt_logprobs: bool = False
+    ) -> InterfaceProfile:
+        """From a config's words; the top 0 are the label (or text) alone. Raises `DistillError` for an unknown name."""
         known = {level.lower(): value for level, value in Reveals.__members__.items()}
         if name not in known:
             raise DistillError(f"no profile '{name}'.{nearest(name, known)}", "access.profile")
-        return cls(known[name], top_k)
+        if known[name] is Reveals.TOP_K and top_k == 0:
+            return cls(Reveals.LABEL, None, logit_bias, prompt_logprobs)
+        return cls(known[name], top_k, logit_bias, prompt_logprobs)
 
     def __str__(self) -> str:
-        return f"top_{self.top_k}" if self.top_k is not None else self.reveals.name.lower()
+        extra = "+bias" * self.logit_bias + "+prompt_logprobs" * self.prompt_logprobs
+        if self.top_k is None:
+            return self.reveals.name.lower() + extra
+        return f"top_{'all' if self.top_k == sys.maxsize else self.top_k}{extra}"
 
     def meet(self, other: InterfaceProfile) -> InterfaceProfile:
         """The poorer of the two: what is left when both apply."""
+        poorer = self if self.reveals <= other.reveals else other
         if self.reveals is other.reveals is Reveals.TOP_K:
-            return self if (self.top_k or 0) <= (other.top_k or 0) else other
-        return self if self.reveals <= other.reveals else other
+            poorer = self if (self.top_k or 0) <= (other.top_k or 0) else other
+        return replace(
+            poorer,
+            logit_bias=self.logit_bias and other.logit_bias,
+            prompt_logprobs=self.scores and other.scores and self.prompt_logprobs | other.prompt_logprobs,
+        )
+
+    @property
+    def scores(self) -> bool:
+        """Of language models: given tokens can be scored. Whole distributions are told of any text."""
+        return self.reveals >= Reveals.PROBS or (self.prompt_logprobs and self.reveals is Reveals.TOP_K)
 
     def truncate(self, answers: Answers) -> Answers:
         """The answers with everything removed that this profile does not reveal; what is left is a distribution."""
@@ -209,6 +236,11 @@ class InterfaceProfile:
             return Answers(one_hot(answers.labels, answers.classes))
         assert self.top_k is not None
         return Answers(keep_top_k(answers.posteriors, self.top_k))
+
+
+# Every log-probability at every position, but neither states nor weights: what can be told of a language model whose
+# distributions were changed.
+EVERY_LOGPROB = InterfaceProfile(Reveals.TOP_K, sys.maxsize, logit_bias=True, prompt_logprobs=True)
 
 
 def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -351,6 +383,7 @@ class Cost:
     tokens_out: int = 0
     teacher_tokens: int = 0
     spent_usd: float = 0.0
+    defense_tokens: int = 0  # that went through further models of a defense in this process
 
 
 # --- the transfer set -----------------------------------------------------------------------------------------------

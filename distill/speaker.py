@@ -14,10 +14,10 @@ from jinja2 import TemplateError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from distill.decoding import PREFILL_TOKENS, Decoder, Network, Processor, padded
+from distill.decoding import PREFILL_TOKENS, Decoder, Guided, Network, Processor, padded, processed
 from distill.errors import DistillError
 from distill.heads import Head
-from distill.language import Completions, Prompts, Sampling
+from distill.language import Completions, Prompts, Sampling, texts
 from distill.randomness import KeyedRandom, derive
 
 
@@ -92,6 +92,7 @@ class CausalLM(Tokenizing):
     fingerprint: str
     parameters: int | None
     flops_per_token: float | None
+    speaking: Sequence[Processor | Guided] = ()  # what changes the logits of all of its answers
 
     def __init__(self, batch_size: int) -> None:
         if batch_size < 1:
@@ -104,7 +105,7 @@ class CausalLM(Tokenizing):
         sampling: Sampling,
         repeats: np.ndarray,
         top_k: int = 0,
-        processors: Sequence[Processor] = (),
+        processors: Sequence[Processor | Guided] = (),
     ) -> Completions:
         """Clean answers, each with its tokens; see `distill.decoding.Decoder.generate`.
 
@@ -126,7 +127,7 @@ class CausalLM(Tokenizing):
         if not sampling.greedy:
             random = KeyedRandom(derive(sampling.seed, "generation"), prompts.keys, repeats)
             uniforms = random.uniform(sampling.max_tokens)
-        return self._decoder.generate(tokens, sampling, uniforms, top_k, processors)
+        return self._decoder.generate(tokens, sampling, uniforms, top_k, [*self.speaking, *processors])
 
     @torch.no_grad()
     def heads(self, sequences: list[list[int]], starts: list[int], layers: Sequence[int] = ()) -> list[Head]:
@@ -145,6 +146,51 @@ class CausalLM(Tokenizing):
                 last, *inner = (states[place, part] for states in hidden)
                 heads[row] = replace(self._network.head(last), layers=tuple(inner))
         return [head for head in heads if head is not None]
+
+    @torch.no_grad()
+    def scored(
+        self,
+        sequences: list[list[int]],
+        starts: list[int],
+        sampling: Sampling,
+        processors: Sequence[Processor | Guided],
+        top_k: int,
+    ) -> Completions:
+        """Given tokens with the log-probabilities that `generate` with these processors would tell of them: those of
+        each sequence from its start (at least 1) on, as an answer to what is before.
+
+        Args:
+            sequences: n lists of tokens.
+            starts: n numbers.
+            sampling: As a request would ask, for `sampling.logit_bias`.
+            processors: Change the logits.
+            top_k: How many log-probabilities to tell at each position, at least 1.
+        """
+        guides = [network for each in processors if isinstance(each, Guided) for network in each.networks]
+        told: list[torch.Tensor] = []
+        for sequence, start, head in zip(sequences, starts, self.heads(sequences, starts), strict=True):
+            theirs = []
+            for network in guides:
+                hidden = network.hidden(torch.tensor([sequence]))[0][0, start - 1 : -1]
+                network.tokens_read += len(sequence)
+                theirs.append(network.head(hidden).logits())
+            before = [sequence[:end] for end in range(start, len(sequence))]
+            told.append(processed(head.logits(), before, sampling, processors, theirs).log_softmax(dim=-1).cpu())
+        logprobs = torch.cat(told)
+        given = [sequence[start:] for sequence, start in zip(sequences, starts, strict=True)]
+        tokens = np.array([token for some in given for token in some], dtype=np.int64)
+        top = logprobs.topk(min(top_k, logprobs.shape[1]), dim=-1)
+        return Completions(
+            texts([self.tokenizer.decode(some, skip_special_tokens=True) for some in given]),
+            texts(["length"] * len(given)),
+            np.array(starts, dtype=np.int64),
+            np.array([len(some) for some in given], dtype=np.int64),
+            offsets=np.cumsum([0, *map(len, given)]),
+            token_ids=tokens.astype(np.int32),
+            logprobs=logprobs[torch.arange(len(tokens)), torch.from_numpy(tokens)].numpy(),
+            top_ids=top.indices.numpy().astype(np.int32),
+            top_logprobs=top.values.numpy(),
+        )
 
     def hold(self, model: PreTrainedModel, tokenizer: Any) -> None:
         """Take a model with its tokenizer into use."""

@@ -141,7 +141,7 @@ def test_kill_9_and_the_same_command_again(finished: Path, tmp_path: Path) -> No
         (["recovery=top1"], "recovery: top1 is of the other domain"),
         (["access=text"], "objective: token_jsd requires top_k"),
         (["signal=text"], "signal: objective=token_jsd learns from distributions"),
-        (["defense=rounding"], "defense: rounding defends classifiers"),
+        (["defense=rounding"], "defense: rounding is of the other domain"),
         (["samples=0"], "samples: is at least 1"),
         (["budget.queries=null", "budget.usd=1"], "budget.usd: answers are free"),
         (["access=top_k", "access.top_k=200", "signal=top_k"], "access.top_k: 200 is more than"),

@@ -576,7 +576,7 @@ def test_what_can_not_be_scored(sequences, starts, message, tmp_path):
 
 
 def test_what_on_policy_training_needs(tmp_path, monkeypatch):
-    with pytest.raises(DistillError, match="access: on-policy distillation needs the teacher's whole distributions"):
+    with pytest.raises(DistillError, match="access: on-policy distillation needs the teacher's log-probabilities"):
         fit(tmp_path, GKD(), provider={"access": InterfaceProfile(Reveals.TOP_K, 5)})
     remote = Parrot(top_k=None)
     remote.tokenizer = TOKENIZER

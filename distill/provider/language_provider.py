@@ -1,4 +1,4 @@
-"""The provider of text: a teacher, an access policy and prices, behind one method that answers."""
+"""The provider of text: a teacher, a defense, an access policy and prices, behind one method that answers."""
 
 from __future__ import annotations
 
@@ -12,34 +12,43 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from distill.contracts import LanguageTeacher, LocalLanguageTeacher
+from distill.contracts import LanguageDefense, LanguageTeacher, LocalLanguageTeacher
 from distill.errors import BadAnswer, DistillError
 from distill.heads import Head, Sparse
 from distill.language import Completions, Prompts, Sampling, SyntheticSet, texts
+from distill.provider.defenses.none import NoDefense
 from distill.provider.keys import RepeatCounter
 from distill.provider.ledger import LanguageLedger, Prices
 from distill.provider.requests import RequestCache
+from distill.randomness import KeyedRandom, derive
 from distill.records import Budget, Cost, InterfaceProfile, Reveals, content_keys
+from distill.speaker import CausalLM
 
 
 class LanguageProvider:
     """Owns everything that the attacker must not reach. Not for several threads at once.
 
-    A request is made once, ever: answers come from the request cache, which also is what an interrupted attack is
-    played back from. `ledger` keeps apart what an attack is billed and what was really spent.
+    A request is made once, ever: answers, as they were decoded, come from the request cache, which also is what an
+    interrupted attack is played back from. (Those to requests with a bias, of which an attack makes one for each token,
+    are not kept where the teacher is free.) `ledger` keeps apart what an attack is billed and what was really spent.
 
     Args:
-        teacher: Prepared, so that its fingerprint is known.
-        access: What the API reveals.
+        teacher: Undefended and prepared, so that its fingerprint is known.
+        access: What the API reveals and lets ask.
         prices: What the attacker is billed.
         budget: What the attacker may spend.
         sampling: How answers are drawn where the attack does not say.
         cache: The folder that runs share (`distill.config.cache_dir()`).
         log: A folder for the log of this query stage: one line for each answer given, under whose `request` the cache
-            keeps the clean one. It is begun anew when an attack is played back. None for no log.
+            keeps the decoded one. It is begun anew when an attack is played back. None for no log.
+        defense: What is done to answers; prepared.
+        serving: The teacher that answers under a defense of training; None for `teacher`.
+        defense_id: What tells this defense from any other, its models included: decoded answers are kept under it.
+        seed: Of what a defense draws.
 
     Raises:
-        DistillError: The access policy reveals what the teacher can't tell, or price and budget don't fit.
+        DistillError: The access policy reveals what the teacher can't tell, the defense works in decoding and the
+            teacher's weights are elsewhere, or price and budget don't fit.
     """
 
     def __init__(
@@ -52,22 +61,38 @@ class LanguageProvider:
         sampling: Sampling,
         cache: Path,
         log: Path | None = None,
+        defense: LanguageDefense | None = None,
+        serving: LanguageTeacher | None = None,
+        defense_id: str = "",
+        seed: int = 0,
     ) -> None:
-        self.teacher = teacher
-        self.profile = access
+        self.teacher, self.serving = teacher, teacher if serving is None else serving
+        self.defense = NoDefense() if defense is None else defense
         self.sampling = sampling
         self.ledger = LanguageLedger(budget, prices)
-        self.told = access.top_k or 0
-        if teacher.top_k is not None and self.told > teacher.top_k:
+        self._seed = seed
+        told = access.top_k or 0
+        if teacher.top_k is not None and told > teacher.top_k:
             raise DistillError(f"the teacher tells at most {teacher.top_k} log-probabilities", "access.top_k")
-        if teacher.tokenizer is not None and self.told > len(teacher.tokenizer):
+        if teacher.tokenizer is not None and told > len(teacher.tokenizer):
             raise DistillError(
-                f"{self.told} is more than the {len(teacher.tokenizer)} tokens that there are", "access.top_k"
+                f"{told} is more than the {len(teacher.tokenizer)} tokens that there are", "access.top_k"
             )
         if access.reveals >= Reveals.PROBS and teacher.top_k is not None:
             raise DistillError("the teacher does not tell whole distributions; take text or top_k", "access.profile")
+        if self.defense.logits_processor(sampling) is not None and not isinstance(self.serving, CausalLM):
+            raise DistillError(
+                f"{type(self.defense).__name__} works while an answer is decoded, which a teacher elsewhere does by "
+                "itself; take a teacher whose weights are here",
+                "defense",
+            )
+        self.profile = access.meet(self.defense.exposes)
+        if self.profile.top_k is not None and teacher.tokenizer is not None:
+            self.profile = replace(self.profile, top_k=min(self.profile.top_k, len(teacher.tokenizer)))
+        self.told = self.profile.top_k or 0
         self._real_prices = Prices(0.0, teacher.usd_per_mtok_in, teacher.usd_per_mtok_out)
         self._requests = RequestCache(cache / "requests" / teacher.fingerprint)
+        self._decoded = RequestCache(cache / "requests" / f"{self.serving.fingerprint}-{defense_id}")
         self._repeats = RepeatCounter()
         self._log_folder = log
         self._log: TextIO | None = None
@@ -84,6 +109,8 @@ class LanguageProvider:
         """
         started = time.perf_counter()
         sampling = sampling or self.sampling
+        if sampling.logit_bias and not self.profile.logit_bias:
+            raise DistillError("this API takes no logit bias (access.logit_bias)", "attack")
         asked = prompts.take(np.repeat(np.arange(len(prompts)), samples))
         tokens_in = np.repeat(self.teacher.count_tokens(prompts, sampling), samples)
         if not partial:
@@ -96,7 +123,7 @@ class LanguageProvider:
             if fits == 0:
                 break
             part = slice(done, done + fits)
-            answers = self.revealed(self.clean(asked.take(part), sampling, repeats[part]))
+            answers = self.defended(asked.take(part), sampling, repeats[part])
             usd.append(self.ledger.bill(answers))
             self._write_log(asked.take(part), sampling, repeats[part], answers, usd[-1])
             parts.append(answers)
@@ -108,7 +135,7 @@ class LanguageProvider:
             repeats=repeats[:done],
             sampling=sampling,
             usd=np.concatenate(usd) if usd else np.empty(0),
-            teacher=self.teacher.fingerprint,
+            teacher=self.serving.fingerprint,
             profile="text" if self.profile.reveals is Reveals.TEXT else str(self.profile),
         )
 
@@ -121,7 +148,7 @@ class LanguageProvider:
             DistillError: They are not this teacher's, or came as text alone.
         """
         given = answers.completions
-        if given.offsets is None or given.token_ids is None or answers.teacher != self.teacher.fingerprint:
+        if given.offsets is None or given.token_ids is None or answers.teacher != self.serving.fingerprint:
             raise DistillError(
                 "these answers came without distributions; take signal=text and objective=sequence_kd, or an access "
                 "that reveals more",
@@ -134,17 +161,17 @@ class LanguageProvider:
             )
         lengths = np.diff(given.offsets)
         if given.top_ids is not None and given.top_logprobs is not None:
-            logprobs = np.where(given.top_ids >= 0, given.top_logprobs, -np.inf).astype(np.float32)
-            return Sparse(torch.from_numpy(given.top_ids.astype(np.int64)), torch.from_numpy(logprobs)), lengths
+            return _sparse(given, slice(None)), lengths
         assert isinstance(self.teacher, LocalLanguageTeacher)  # whole distributions are revealed by no other
         asked = self.teacher.prompt_tokens(answers.prompts, answers.sampling or self.sampling)
         sequences = [before + given.tokens(row).tolist() for row, before in enumerate(asked)]
         heads = self.teacher.heads(sequences, [len(before) for before in asked])
         return replace(heads[0], hidden=torch.cat([head.hidden for head in heads])), lengths
 
-    def score(self, sequences: list[list[int]], starts: list[int]) -> list[Head]:
+    def score(self, sequences: list[list[int]], starts: list[int]) -> list[Head] | list[Sparse]:
         """The distributions of the tokens of given sequences from `starts` on, whoever wrote them: for students that
-        learn on text of their own. Each sequence is billed as a query, and its tokens as those of a prompt.
+        learn on text of their own. Each sequence is billed as a query, and its tokens as those of a prompt. Where the
+        profile is poorer than whole distributions, it is the most probable tokens, defended as those of an answer.
 
         Hidden states and output matrix tell no more than the logits do, but for a linear map (Carlini et al., "Stealing
         Part of a Production Language Model", ICML 2024). Nothing of it is cached.
@@ -153,13 +180,14 @@ class LanguageProvider:
             BudgetExceeded: Not all are affordable; nothing was scored.
             DistillError: The API reveals less, the teacher's weights are elsewhere, or a sequence can't be scored.
         """
-        if self.profile.reveals < Reveals.PROBS:
+        if not self.profile.scores:
             raise DistillError(
-                "on-policy distillation needs the teacher's whole distributions at tokens that the student wrote, "
-                "which this API does not reveal; take access=probs, or rollout=off_policy",
+                "on-policy distillation needs the teacher's log-probabilities at tokens that the student wrote, which "
+                "this API does not reveal; take access=probs, or top_k with access.prompt_logprobs=true, or "
+                "rollout=off_policy",
                 "access",
             )
-        if not isinstance(self.teacher, LocalLanguageTeacher):
+        if not isinstance(self.serving, CausalLM):
             raise DistillError(
                 "on-policy distillation needs an API that scores given tokens with (top-k) log-probabilities, which "
                 "this one does not offer; take a teacher whose weights are here, or rollout=off_policy",
@@ -169,7 +197,7 @@ class LanguageProvider:
             return []
         started = time.perf_counter()
         lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-        tokens, longest = len(self.teacher.tokenizer), self.teacher.context_tokens
+        tokens, longest = len(self.serving.tokenizer), self.serving.context_tokens
         if len(starts) != len(sequences) or not all(0 < a < n for a, n in zip(starts, lengths.tolist(), strict=True)):
             raise DistillError("each sequence is scored from its second token or a later one on", "rollout")
         if longest is not None and lengths.max() > longest:
@@ -177,15 +205,35 @@ class LanguageProvider:
         if not all(min(sequence) >= 0 and max(sequence) < tokens for sequence in sequences):
             raise DistillError(f"the teacher has {tokens} tokens, and a sequence names others", "student")
         self.ledger.require(lengths, 0)
-        heads = self.teacher.heads(sequences, starts)
+        heads = self.serving.heads(sequences, starts) if self.profile.reveals >= Reveals.PROBS else []
+        scored = [] if heads else self._scored(self.serving, sequences, starts)
         nothing = texts([""] * len(sequences))
         asked = Completions(nothing, nothing, prompt_tokens=lengths, completion_tokens=np.zeros_like(lengths))
         self.ledger.bill(asked)
         self.ledger.worked(asked, self._real_prices)
+        self.ledger.seconds += time.perf_counter() - started
+        if scored:
+            return scored
         if self._output is None:  # a copy: the teacher's own matrix is not the attacker's to change
             self._output = copy.deepcopy(replace(heads[0], hidden=heads[0].hidden[:0]))
-        self.ledger.seconds += time.perf_counter() - started
         return [replace(self._output, hidden=head.hidden.clone()) for head in heads]
+
+    def _scored(self, teacher: CausalLM, sequences: list[list[int]], starts: list[int]) -> list[Sparse]:
+        """Given tokens, released as an answer to what is before them would be."""
+        before = teacher.tokenizer.batch_decode([part[:start] for part, start in zip(sequences, starts, strict=True)])
+        prompts, repeats = Prompts(texts(before), chat=False), np.zeros(len(sequences), dtype=np.int64)
+        read = self.defense.tokens_read
+        asked = replace(self.sampling, logit_bias=())
+        drawn = self.defense.sampling(asked)
+        processor = self.defense.logits_processor(drawn)
+        told = teacher.scored(sequences, starts, drawn, [] if processor is None else [processor], self.told)
+        released = self.defense.release(prompts, told, asked, self._rng(prompts, repeats)).with_top(self.told)
+        self.ledger.defense_tokens += self.defense.tokens_read - read
+        assert released.offsets is not None
+        return [_sparse(released, slice(a, b)) for a, b in zip(released.offsets, released.offsets[1:], strict=False)]
+
+    def _rng(self, prompts: Prompts, repeats: np.ndarray) -> KeyedRandom:
+        return KeyedRandom(derive(self._seed, "defense"), prompts.keys, repeats)
 
     def close(self) -> None:
         """End the log. Every answer is in the cache as soon as it is made."""
@@ -215,17 +263,51 @@ class LanguageProvider:
     # --- what the evaluation gets: not billed, but cached ---------------------------------------------------------
 
     def clean(self, prompts: Prompts, sampling: Sampling, repeats: np.ndarray) -> Completions:
-        """The teacher's own answers, with the log-probabilities that the profile would reveal."""
+        """The undefended teacher's own answers, with the log-probabilities that the profile would reveal."""
+        return self._asked(self.teacher, None, self._requests, prompts, sampling, repeats)
+
+    def defended(self, prompts: Prompts, sampling: Sampling, repeats: np.ndarray) -> Completions:
+        """What is given out: decoded and released as the defense says, and cut to the profile."""
+        drawn = self.defense.sampling(sampling)
+        processor = self.defense.logits_processor(drawn)
+        as_teacher = processor is None and self.serving is self.teacher
+        cache = self._requests if as_teacher else self._decoded
+        decoded = self._asked(self.serving, processor, cache, prompts, drawn, repeats)
+        read = self.defense.tokens_read
+        released = self.defense.release(prompts, decoded, sampling, self._rng(prompts, repeats))
+        self.ledger.defense_tokens += self.defense.tokens_read - read
+        if (released.completion_tokens > sampling.max_tokens).any():  # the budget was checked against that
+            raise DistillError(f"{type(self.defense).__name__} made an answer longer than it may be", "defense")
+        return self.revealed(released)
+
+    def _asked(
+        self,
+        teacher: LanguageTeacher,
+        processor: Any,
+        cache: RequestCache,
+        prompts: Prompts,
+        sampling: Sampling,
+        repeats: np.ndarray,
+    ) -> Completions:
+        """The answers of a teacher under a processor (or None), each made once."""
         top_k = self.told
 
         def generate(missing: np.ndarray) -> Completions:
-            made = self.teacher.generate(prompts.take(missing), sampling, repeats[missing], top_k)
+            some, read = prompts.take(missing), self.defense.tokens_read
+            if processor is None:
+                made = teacher.generate(some, sampling, repeats[missing], top_k)
+            else:
+                assert isinstance(teacher, CausalLM)  # the constructor has seen to it
+                made = teacher.generate(some, sampling, repeats[missing], top_k, [processor])
             _check(made, len(missing))
             self.ledger.worked(made, self._real_prices)
+            self.ledger.defense_tokens += self.defense.tokens_read - read
             return made
 
+        if sampling.logit_bias and not (teacher.remote or any(vars(self._real_prices).values())):
+            return generate(np.arange(len(prompts))).with_top(top_k)
         keys = sampling.request_keys(prompts, repeats)
-        return self._requests.get_or_generate(keys, top_k, generate, self.teacher.requests_at_once)
+        return cache.get_or_generate(keys, top_k, generate, teacher.requests_at_once)
 
     def revealed(self, completions: Completions) -> Completions:
         """The answers with everything removed that the profile does not reveal."""
@@ -236,6 +318,16 @@ class LanguageProvider:
     def cost(self) -> Cost:
         """What the attacker was billed, and what the teacher did in this process, evaluation included."""
         return self.ledger.cost()
+
+
+def _sparse(given: Completions, positions: slice) -> Sparse:
+    """What is told at some positions; a token that can't come is not told."""
+    assert given.top_ids is not None
+    assert given.top_logprobs is not None
+    ids, logprobs = given.top_ids[positions], given.top_logprobs[positions]
+    told = (ids >= 0) & (logprobs > -np.inf)
+    ids, logprobs = np.where(told, ids, -1).astype(np.int64), np.where(told, logprobs, -np.inf).astype(np.float32)
+    return Sparse(torch.from_numpy(ids), torch.from_numpy(logprobs))
 
 
 def _check(made: Completions, wanted: int) -> None:

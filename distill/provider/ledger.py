@@ -112,6 +112,7 @@ class LanguageLedger:
         self._usd = Fraction(0)
         self.queries = self.tokens_in = self.tokens_out = 0
         self.teacher_requests = self.teacher_tokens = 0
+        self.defense_tokens = 0
         self.spent = Fraction(0)
         self.seconds = 0.0
 
@@ -163,4 +164,5 @@ class LanguageLedger:
             tokens_out=self.tokens_out,
             teacher_tokens=self.teacher_tokens,
             spent_usd=float(self.spent),
+            defense_tokens=self.defense_tokens,
         )

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from distill.errors import BudgetExceeded, DistillError
-from distill.heads import Head
+from distill.heads import Head, Sparse
 from distill.language import Prompts, Sampling, SyntheticSet
 from distill.provider.language_provider import LanguageProvider
 from distill.provider.provider import Provider, no_answers
@@ -124,13 +124,14 @@ class LanguageOracle(_Desk):
             raise DistillError(f"is at least 1, not {samples}", "samples")
         return self._call("answer", prompts, sampling, samples, partial)
 
-    def score(self, sequences: list[list[int]], starts: list[int]) -> list[Head]:
-        """Pay for and receive the teacher's distributions at tokens that anyone wrote.
+    def score(self, sequences: list[list[int]], starts: list[int]) -> list[Head] | list[Sparse]:
+        """Pay for and receive the teacher's distributions at tokens that anyone wrote, or the most probable tokens
+        where the API tells no more.
 
         Args:
             sequences: Lists of the teacher's tokens. Each is one query, and all of its tokens are prompt tokens.
-            starts: For each, the first token that is scored, at least 1: row j of its `Head` is the distribution of
-                token ``start + j``.
+            starts: For each, the first token that is scored, at least 1: row j of what comes back is for token
+                ``start + j``.
 
         Raises:
             BudgetExceeded: The budget does not afford all; nothing was scored.
@@ -159,7 +160,7 @@ def serve_text(provider: LanguageProvider) -> Iterator[LanguageOracle]:
     """The same for a provider of text."""
     requests: SimpleQueue[Any] = SimpleQueue()
     # A copy: the teacher's own tokenizer is not the attacker's to change.
-    oracle = LanguageOracle(requests, provider.profile, copy.deepcopy(provider.teacher.tokenizer))
+    oracle = LanguageOracle(requests, provider.profile, copy.deepcopy(provider.serving.tokenizer))
     with _open(provider, oracle, requests):
         yield oracle
 
@@ -224,7 +225,7 @@ def _result(provider: Provider | LanguageProvider, name: str, arguments: Any) ->
             return provider.ledger.affordable()
         case "spent":
             cost = provider.cost()
-            return replace(cost, teacher_forwards=0, teacher_tokens=0, spent_usd=0.0)
+            return replace(cost, teacher_forwards=0, teacher_tokens=0, spent_usd=0.0, defense_tokens=0)
         case _:
             raise DistillError(f"a provider does not answer to '{name}'")
 

@@ -10,11 +10,13 @@ from torch import nn
 from distill.errors import DistillError
 from distill.heads import Head
 from distill.language import Sampling
+from distill.records import Reveals
 
 
 class Plain:
     """A rollout that writes, remembers nothing and adds nothing to the loss."""
 
+    requires: ClassVar[Reveals] = Reveals.TOP_K
     writes: ClassVar[bool] = True
     needs_validation: ClassVar[bool] = False
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from distill.heads import Head
+from distill.records import Reveals
 from distill.rollouts._rollout import Plain, sampling_of
 
 ROWS = 256  # positions whose logits are held at once
@@ -46,6 +47,8 @@ class MiniLLM(Plain):
         ValueError: A value is out of its range.
         DistillError: `max_tokens` is.
     """
+
+    requires: ClassVar[Reveals] = Reveals.PROBS  # it also draws from the teacher, and looks at tokens of little chance
 
     def __init__(
         self,
