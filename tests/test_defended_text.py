@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from distill.contracts import LanguageDefense, PreparedLanguageDefense
 from distill.decoding import Guided, Network
 from distill.errors import DistillError
 from distill.language import Completions, Prompts, Sampling, SyntheticSet, texts
+from distill.language_experiment import LanguageStudents
 from distill.provider.defenses._language import Unchanged
 from distill.provider.defenses.none import NoDefense
 from distill.provider.oracle import serve_text
@@ -341,3 +343,43 @@ def test_budgets_hold_under_a_defense(tmp_path: Path) -> None:
         oracle.ask(questions(9), partial=True)
     cost = provider.cost()
     assert 0 < cost.tokens_in + cost.tokens_out <= 60
+
+
+# --- labelled examples of the attacker's own ------------------------------------------------------------------------
+
+
+def students_of(pool: Prompts, own_examples: int) -> Any:
+    nothing: Any = None
+    return LanguageStudents(*[nothing] * 7, 64, 0, {}, pool, own_examples)
+
+
+def test_own_examples_are_labelled_prompts_that_were_not_asked(tmp_path: Path) -> None:
+    names = [f"question {i}" for i in range(20)]
+    pool = Prompts.of_users(names, references=texts([f"answer {i}" for i in range(20)]), name="toy")
+    answers = asked(provider_of(tmp_path, NoDefense()), pool.take(slice(0, 12)))
+    own = students_of(pool, 8).own(answers)
+    assert sorted(own.completions.column) == sorted(f"answer {i}" for i in range(12, 20))
+    assert all(
+        f"answer {names.index(own.prompts.messages(i)[0]['content'])}" == own.completions.column[i] for i in range(8)
+    )
+    assert own.usd.sum() == 0
+    fewer = students_of(pool, 3).own(answers)
+    assert list(fewer.completions.column) == list(own.completions.column[:3]), "fewer are a prefix of more"
+    with pytest.raises(DistillError, match="own_examples: 9 are wanted, and toy has 8"):
+        students_of(pool, 9).own(answers)
+    with pytest.raises(DistillError, match="has 0 prompts with a reference"):
+        students_of(Prompts.of_users(names, name="toy"), 1).own(answers)
+
+
+def test_sets_are_joined_as_texts(tmp_path: Path) -> None:
+    pool = Prompts.of_users([f"q {i}" for i in range(6)], references=texts(list("abcdef")))
+    answers = asked(provider_of(tmp_path, NoDefense()), pool.take(slice(0, 4)))
+    own = SyntheticSet.of_references(pool.take(slice(4, 6)))
+    both = answers.followed_by(own)
+    assert len(both) == 6
+    assert list(both.completions.column) == [*answers.completions.column, "e", "f"]
+    assert list(both.prompts.keys) == list(pool.keys)
+    assert both.weights is None
+    assert both.completions.offsets is None
+    weighted = replace(answers, weights=np.array([0.5, 2, 1, 1], np.float32)).followed_by(own)
+    np.testing.assert_array_equal(weighted.weights, [0.5, 2, 1, 1, 1, 1])
