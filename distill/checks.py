@@ -15,10 +15,10 @@ def flags(result: Result, defense: Defense, recovery: str) -> list[str]:
     small, large = student["flops_per_query"], teacher["flops_per_query"]
     if small is not None and large is not None and small >= large:
         found.append(f"the student is not cheaper than its teacher ({README}#student-not-cheaper)")
-    if result.profile != "label" and not defense.deterministic and recovery == "as_returned":
+    if recovery == "as_returned" and result.profile != "label" and not defense.deterministic:
         found.append(f"a random defense was attacked without averaging ({README}#random-defense)")
     moved = result.utility.get("l1_max", 0) > 0 and result.profile not in ("label", "top_1")
-    if moved and defense.keeps_argmax and recovery == "as_returned":
+    if recovery == "as_returned" and moved and defense.keeps_argmax:
         found.append(f"a defense that keeps the arg-max was attacked without recovery=top1 ({README}#top1)")
     if result.config["access"]["profile"] == "weights":
         found.append(f"the student may copy its teacher's weights, which no attacker has ({README}#white-box)")

@@ -793,6 +793,15 @@ class Curation(Protocol):
         ...
 
 
+@runtime_checkable
+class PreparedCuration(Curation, Protocol):
+    """A curation with a model of the attacker's own."""
+
+    def prepare(self, task: Task, trainer: Any, cache: Path) -> None:
+        """Load it, as a teacher is loaded; `task` has no prompts."""
+        ...
+
+
 class LanguageApprentice(Protocol):
     """What a curation is handed that trains students of its own on the way.
 

@@ -334,9 +334,10 @@ class Decoder:
         if top_k:
             logprobs = logits.log_softmax(dim=-1)
             top = logprobs.topk(min(top_k, logits.shape[1]), dim=-1)
+            ids = top.indices.masked_fill(top.values == -torch.inf, -1)
             own = logprobs.gather(1, drawn[:, None])[:, 0].tolist()
             for request, value, some, values in zip(
-                requests, own, top.indices.cpu().numpy(), top.values.cpu().numpy(), strict=True
+                requests, own, ids.cpu().numpy(), top.values.cpu().numpy(), strict=True
             ):
                 request.logprobs.append(value)
                 request.top_ids.append(some)

@@ -164,12 +164,12 @@ def comparison(runs: dict[Path, Result]) -> Table:
     """One row a run: what differs between the runs, the numbers, and the run's id. n of every number: the test rows."""
     results = list(runs.values())
     axes = [axis for axis in AXES if len({r.choices.get(axis) for r in results}) > 1]
-    keys = [key for key in ("queries", "usd") if len({r.config["budget"][key] for r in results}) > 1]
+    options = varied(results)
     seeds = len({r.seed for r in results}) > 1
     rows = sorted({r.test_rows for r in results})
     table = Table(box=box.SIMPLE_HEAD, caption=f"n = {', '.join(map(str, rows))} test rows; seed{'s' * seeds} "
                   f"{', '.join(map(str, sorted({r.seed for r in results})))}")  # fmt: skip
-    for title in [*axes, *(f"budget {key}" for key in keys), *(["seed"] if seeds else [])]:
+    for title in [*axes, *options, *(["seed"] if seeds else [])]:
         table.add_column(title)
     titles = [title for title in NUMBERS if any(_number(title, result) != UNKNOWN for result in results)]
     for title in titles:
@@ -183,14 +183,39 @@ def comparison(runs: dict[Path, Result]) -> Table:
     for title in [*shares, *beyond]:
         table.add_column(title, justify="right")
     table.add_column("run")
-    for (run_dir, result), share, worth in zip(runs.items(), ratios, worths, strict=True):
+    for i, ((run_dir, result), share, worth) in enumerate(zip(runs.items(), ratios, worths, strict=True)):
         row = [result.choices.get(axis, UNKNOWN) for axis in axes]
-        row += [str(result.config["budget"][key]) for key in keys] + ([str(result.seed)] if seeds else [])
+        row += [values[i] for values in options.values()] + ([str(result.seed)] if seeds else [])
         row += [_number(title, result) for title in titles]
         row += [f"{share[title]:.4f}" if title in share else UNKNOWN for title in shares]
         row += [f"{worth[title]:+.4f}" if title in worth else UNKNOWN for title in beyond]
         table.add_row(*row, run_dir.name)
     return table
+
+
+def varied(results: list[Result]) -> dict[str, list[str]]:
+    """The options in which runs differ that chose the same component of that group (or in the budget, the curve's
+    length and the like), by name, such as ``defense.delta``; for each its value in every run."""
+    chosen: dict[str, dict[str, set[str]]] = {}
+    flat = [
+        _flat({name: _told(result.config.get(name)) for name in QUERY_GROUPS + STUDENT_GROUPS}) for result in results
+    ]
+    for result, options in zip(results, flat, strict=True):
+        for name, value in options.items():
+            choice = result.choices.get(name.partition(".")[0], "")
+            chosen.setdefault(name, {}).setdefault(choice, set()).add(value)
+    names = [name for name, by in chosen.items() if name != "seed" and any(len(values) > 1 for values in by.values())]
+    return {name: [options.get(name, UNKNOWN) for options in flat] for name in names}
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, str]:
+    """The leaves of a config by their dotted names, as text."""
+    if isinstance(node, dict):
+        leaves: dict[str, str] = {}
+        for name, child in node.items():
+            leaves |= _flat(child, f"{prefix}.{name}" if prefix else str(name))
+        return leaves
+    return {prefix: UNKNOWN if node is None else str(node)}
 
 
 def show_runs(places: list[Path]) -> None:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from distill.config import CONFIG_DIR, Config, query_id, run_id
 from distill.errors import DistillError
 from distill.records import Result
-from distill.report import beyond_controls, load_runs, recovery_ratios, show_runs
+from distill.report import beyond_controls, load_runs, recovery_ratios, show_runs, varied
 
 UNTRAINED = 0.125
 
@@ -193,3 +193,15 @@ def test_the_table_shows_ratios_where_there_are_some(tmp_path: Path, capsys: pyt
     assert [path.name for path in load_runs([tmp_path])] == ["run0", "run2"]
     with pytest.raises(DistillError, match="make a run first"):
         show_runs([tmp_path / "nowhere"])
+
+
+def test_options_in_which_runs_of_one_choice_differ_are_columns() -> None:
+    runs = [
+        finished(0.5, "defense.delta=1.0", defense="kgw"),
+        finished(0.5, "defense.delta=2.0", defense="kgw", own_examples=100),
+        finished(0.5, defense="length_cap"),
+    ]
+    assert varied(runs) == {"defense.delta": ["1.0", "2.0", "–"], "own_examples": ["0", "100", "0"]}
+    assert varied(runs[::2]) == {}, "what differs because another component was chosen is told by its name"
+    assert varied([finished(0.5), finished(0.5, budget__queries=10)]) == {"budget.queries": ["4000", "10"]}
+    assert varied([finished(0.5), finished(0.5, seed=1)]) == {}, "seeds have a column of their own"
