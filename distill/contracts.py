@@ -690,8 +690,8 @@ class Watermark(LanguageDefense, Protocol):
         ...
 
     def countable(self, windows: np.ndarray, tokens: np.ndarray, key: int | None = None) -> np.ndarray:
-        """(n,) bool: the tokens that may be counted together, each marked by numbers of its own: the first of those that
-        have what decides in common. Arguments as of `evidence`."""
+        """(n,) bool: the tokens that may be counted together, each marked by numbers of its own: the first of those
+        that have what decides in common. Arguments as of `evidence`."""
         ...
 
     def p_value(self, evidence: np.ndarray) -> float:
@@ -1087,8 +1087,8 @@ class Verdict:
 
 
 class Leak(Protocol):
-    """`distill.leaks`: an extraction attack on the interface of a language model, which learns something about the model
-    that its answers were not meant to tell."""
+    """`distill.leaks`: an extraction attack on the interface of a language model, which learns what answers were not
+    meant to tell of the model behind it."""
 
     def refusal(self, oracle: LanguageOracle) -> str:
         """Why this interface stops it before anything is asked, such as "no logit bias"; "" where it may begin."""

@@ -28,6 +28,7 @@ from distill.contracts import (
     LanguageStudent,
     LanguageTeacher,
     LocalLanguageTeacher,
+    PreparedCuration,
     PreparedLanguageDefense,
     PromptAttack,
     Rollout,
@@ -38,12 +39,13 @@ from distill.contracts import (
 )
 from distill.errors import DistillError
 from distill.experiment import SAMPLES, WEIGHTS, check_domain, check_profile, save_weights, whole_weights
-from distill.language import Completions, Evidence, Prompts, Sampling, SyntheticSet, Task
+from distill.language import Completions, Evidence, Prompts, Sampling, SyntheticSet, Task, texts
 from distill.language_training import TeacherSignal, build_language, fit_language_student
 from distill.launch import write_atomically
 from distill.objectives.sequence_kd import SequenceKD
 from distill.on_policy import fit_on_policy
 from distill.packing import same_tokens
+from distill.provider.defenses.language_chain import LanguageChain
 from distill.provider.language_provider import LanguageProvider
 from distill.provider.ledger import LanguageLedger, Prices
 from distill.provider.oracle import serve_text
@@ -321,6 +323,9 @@ class LanguageExperiment:
         serving = teacher
         if isinstance(defense, PreparedLanguageDefense):
             serving = defense.prepare(teacher, task, trainer, cache_dir(), 0)  # as the teacher's, not the run's seed
+        if isinstance(curation, PreparedCuration):
+            nothing = Prompts(texts([]))
+            curation.prepare(Task("none", nothing, nothing, nothing), trainer, cache_dir())
         opened = teacher if profile.reveals is Reveals.WEIGHTS and isinstance(teacher, LocalLanguageTeacher) else None
         if isinstance(student, WhiteBoxStudent) and opened is not None:
             student = student.of_teacher(opened.network)
@@ -504,7 +509,8 @@ class LanguageExperiment:
             answers[who] = model.speaker.generate(test, sampling, repeats)
             if self.teacher.tokenizer is not None and same_tokens(model.tokenizer, self.teacher.tokenizer):
                 speakers[who] = model.speaker
-        mark = self.defense if isinstance(self.defense, Watermark) else None
+        mark = self.defense.watermark if isinstance(self.defense, LanguageChain) else self.defense
+        mark = mark if isinstance(mark, Watermark) else None
         learnt = None if mark is None else self.load_answers()
         return Evidence(test, sampling, answers, self.task.check, self.task.held_out_text, speakers, mark, learnt)
 

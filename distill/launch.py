@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +158,20 @@ def help_text(title: str, module: str, argv: list[str]) -> str:
 # --- the launch -----------------------------------------------------------------------------------------------------
 
 
-def launch(task: Callable[[Any], None], config_name: str, title: str) -> None:
-    """Run a Hydra task: compose, check the root keys, run, and turn what goes wrong into one line."""
+def launch(
+    task: Callable[[Any], None], config_name: str, title: str, schema: type = Config, help_of: Callable = help_text
+) -> None:
+    """Run a Hydra task: compose, check the root keys, run, and turn what goes wrong into one line.
+
+    Args:
+        task: What is done with the composed config.
+        config_name: The primary config, and the name of the entry point.
+        title: The beginning of its help.
+        schema: The dataclass of the root keys.
+        help_of: From title, module and arguments to the help.
+    """
     if {"--help", "-h"} & set(sys.argv[1:]):
-        sys.stdout.write(help_text(title, f"distill.{config_name}", sys.argv[1:]))
+        sys.stdout.write(help_of(title, f"distill.{config_name}", sys.argv[1:]))
         return
     import hydra
 
@@ -170,10 +181,12 @@ def launch(task: Callable[[Any], None], config_name: str, title: str) -> None:
     if RANK > 0:  # every rank shares the folder of the run; only the first writes to it
         sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
 
+    known = [field.name for field in fields(schema)]
+
     def job(config: Any) -> None:
         for key in config:
-            if key not in Config.__dataclass_fields__:
-                raise DistillError(f"no such key.{nearest(str(key), Config.__dataclass_fields__)}", str(key))
+            if key not in known:
+                raise DistillError(f"no such key.{nearest(str(key), known)}", str(key))
         task(config)
 
     def checked(config: Any) -> None:

@@ -15,7 +15,7 @@ from distill.records import Reveals
 
 
 def test_help_lists_every_option_and_loads_no_torch() -> None:
-    for module in ("train", "query", "report", "evaluate"):
+    for module in ("train", "query", "report", "evaluate", "audit"):
         code = (
             f"import sys; sys.argv = ['x', '--help']\nfrom distill.{module} import main\n"
             "try:\n    main()\nexcept SystemExit:\n    pass\n"

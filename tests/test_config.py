@@ -22,6 +22,7 @@ ROOMS = {
     "attack": "attacks",
     "data": "data",
     "defense": "provider/defenses",
+    "leak": "leaks",
     "metric": "metrics",
     "objective": "objectives",
     "pool": "data/pools",
@@ -81,6 +82,7 @@ CALLED = {
     "attack": {"extract", "synthesise"},
     "data": {"load"},
     "defense": {"perturb"},
+    "leak": {"extract"},
     "metric": {"measure", "judge"},
     "objective": {"loss"},
     "pool": {"load", "load_prompts"},
@@ -139,7 +141,7 @@ def test_experiments_build_every_object(name: str, tmp_path: Path) -> None:
                                                if name == "bring_your_own" else []))  # fmt: skip
     HydraConfig.instance().set_config(config)
     for group in (*ROOMS, "sampling", "training"):
-        if config[group] is not None:  # those of the other domain
+        if group in config and config[group] is not None:  # those of the other domain, or of the audit
             assert build(config[group], group) is not None
 
 

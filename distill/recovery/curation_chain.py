@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from distill.contracts import Curation
+from distill.contracts import Curation, PreparedCuration
 from distill.errors import DistillError
-from distill.language import SyntheticSet
+from distill.language import SyntheticSet, Task
 
 
 class CurationChain:
@@ -27,6 +28,12 @@ class CurationChain:
             raise DistillError(f"know different things ({', '.join(sorted(known))})", "recovery.members")
         self.members = list(members)
         self.knows = known.pop() if known else "nothing"
+
+    def prepare(self, task: Task, trainer: Any, cache: Path) -> None:
+        """Load the members' models."""
+        for member in self.members:
+            if isinstance(member, PreparedCuration):
+                member.prepare(task, trainer, cache)
 
     def curate(self, synthetic: SyntheticSet, knowledge: Mapping[str, Any]) -> SyntheticSet:
         """What is left. Counts stand under ``place.filter``, such as ``2.cut``; raises whatever a member raises."""

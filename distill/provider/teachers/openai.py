@@ -286,6 +286,8 @@ class OpenAI:
             body["top_p"] = sampling.top_p
         if sampling.stop:
             body["stop"] = list(sampling.stop)
+        if sampling.logit_bias:
+            body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
         if top_k:
             body |= {"logprobs": True, "top_logprobs": top_k} if prompts.chat else {"logprobs": top_k}
         key = _hash(f"{self.fingerprint} {json.dumps(body, sort_keys=True)}")

@@ -127,6 +127,7 @@ class VLLM(Tokenizing):
                 stop=list(sampling.stop),
                 seed=derive(sampling.seed, "generation", key.hex(), repeat),
                 logprobs=top_k or None,
+                logit_bias=dict(sampling.logit_bias) or None,
             )
             for key, repeat in zip(prompts.keys.tolist(), repeats.tolist(), strict=True)
         ]
