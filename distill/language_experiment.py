@@ -62,6 +62,7 @@ log = logging.getLogger(__name__)
 disable_progress_bar()  # transformers shows one for each model of a few megabytes
 
 SIGNALS_AT_ONCE = 256  # answers whose distributions are held in memory before they are stored
+NO_PROMPTS = Prompts(texts([]))
 MEMORY = "memory.safetensors"  # what an adapted student remembers
 
 
@@ -139,7 +140,7 @@ class LanguageStudents:
     max_length: int
     seed: int
     knowledge: dict[str, Any]
-    pool: Prompts
+    pool: Prompts = NO_PROMPTS
     own_examples: int = 0
 
     def untrained(self) -> TrainedLanguageModel:
@@ -324,8 +325,7 @@ class LanguageExperiment:
         if isinstance(defense, PreparedLanguageDefense):
             serving = defense.prepare(teacher, task, trainer, cache_dir(), 0)  # as the teacher's, not the run's seed
         if isinstance(curation, PreparedCuration):
-            nothing = Prompts(texts([]))
-            curation.prepare(Task("none", nothing, nothing, nothing), trainer, cache_dir())
+            curation.prepare(Task("none", NO_PROMPTS, NO_PROMPTS, NO_PROMPTS), trainer, cache_dir())
         opened = teacher if profile.reveals is Reveals.WEIGHTS and isinstance(teacher, LocalLanguageTeacher) else None
         if isinstance(student, WhiteBoxStudent) and opened is not None:
             student = student.of_teacher(opened.network)

@@ -215,11 +215,10 @@ class InterfaceProfile:
         poorer = self if self.reveals <= other.reveals else other
         if self.reveals is other.reveals is Reveals.TOP_K:
             poorer = self if (self.top_k or 0) <= (other.top_k or 0) else other
-        return replace(
-            poorer,
-            logit_bias=self.logit_bias and other.logit_bias,
-            prompt_logprobs=self.scores and other.scores and self.prompt_logprobs | other.prompt_logprobs,
-        )
+        prompt_logprobs = self.prompt_logprobs and other.prompt_logprobs
+        if poorer.reveals is Reveals.TOP_K:  # whole distributions of given tokens are cut like those of answers
+            prompt_logprobs = self.scores and other.scores
+        return replace(poorer, logit_bias=self.logit_bias and other.logit_bias, prompt_logprobs=prompt_logprobs)
 
     @property
     def scores(self) -> bool:

@@ -52,6 +52,8 @@ class Neutralised:
         ValueError: A value is out of its range.
     """
 
+    requires: Reveals = Reveals.LABEL  # of an instance: the student's own
+
     def __init__(
         self,
         student: LanguageStudent,
@@ -69,13 +71,9 @@ class Neutralised:
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} is at least 0, not {value}")
         self.student, self.delta, self.width, self.top_k = student, delta, width, top_k
+        self.requires = student.requires
         self.min_frequency, self.max_contexts, self.alpha = min_frequency, max_contexts, alpha
         self._before: Any = None
-
-    @property
-    def requires(self) -> Reveals:
-        """The student's own."""
-        return self.student.requires
 
     def tokenizer(self, teachers: Any) -> Any:
         """The student's own. Raises as it does."""

@@ -57,8 +57,9 @@ class DOGe(Unchanged):
     is, where these are trained on the teacher's answers (unless `trained_proxies` is off); it can train a residual
     network in place of the head. Tokens that a proxy lacks have no share in the divergence.
 
-    The divergence from teacher to proxy is convex in the teacher's distribution, so it is largest where one token has
-    all mass: a teacher that is sure of each token only becomes surer. The other direction has no bound.
+    A teacher that is sure of each token only becomes surer, in either direction: the divergence to the proxy is largest
+    where one token has all mass, and the one from it has no bound as the others lose theirs. Then it says what it said
+    before (as on `straight_line`); what this can change is text that could have been said in several ways.
 
     Args:
         proxies: The models that it must not be like: students.
