@@ -363,11 +363,10 @@ class SyntheticSet:
         )
 
     @classmethod
-    def of_references(cls, prompts: Prompts, note: str = "") -> SyntheticSet:
-        """Right answers that nobody was asked for and that cost nothing. All prompts have a reference."""
+    def without_teacher(cls, prompts: Prompts, answers: np.ndarray, note: str) -> SyntheticSet:
+        """Answers, (n,) object array of `str`, that nobody was asked for and that cost nothing."""
         n = len(prompts)
         nothing = np.zeros(n, dtype=np.int64)
-        answers = texts([]) if prompts.references is None else prompts.references
         completions = Completions(answers, texts(["stop"] * n), nothing, nothing)
         return cls(prompts, completions, nothing, None, np.zeros(n), profile="text", note=note)
 

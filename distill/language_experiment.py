@@ -184,7 +184,8 @@ class LanguageStudents:
                 "not asked",
                 "own_examples",
             )
-        return SyntheticSet.of_references(self.pool.take(free), "the attacker's own")
+        references = self.pool.references[free]
+        return SyntheticSet.without_teacher(self.pool.take(free), references, "the attacker's own")
 
     def fit(
         self,

@@ -374,7 +374,7 @@ def test_own_examples_are_labelled_prompts_that_were_not_asked(tmp_path: Path) -
 def test_sets_are_joined_as_texts(tmp_path: Path) -> None:
     pool = Prompts.of_users([f"q {i}" for i in range(6)], references=texts(list("abcdef")))
     answers = asked(provider_of(tmp_path, NoDefense()), pool.take(slice(0, 4)))
-    own = SyntheticSet.of_references(pool.take(slice(4, 6)))
+    own = SyntheticSet.without_teacher(pool.take(slice(4, 6)), texts(["e", "f"]), "own")
     both = answers.followed_by(own)
     assert len(both) == 6
     assert list(both.completions.column) == [*answers.completions.column, "e", "f"]

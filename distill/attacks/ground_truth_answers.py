@@ -7,7 +7,7 @@ import numpy as np
 from distill.attacks.prompt_pool import shuffled
 from distill.contracts import LanguageOracle
 from distill.errors import DistillError
-from distill.language import Completions, Prompts, SyntheticSet, texts
+from distill.language import Prompts, SyntheticSet
 from distill.records import Reveals
 
 
@@ -29,7 +29,7 @@ class GroundTruthAnswers:
                 f"this control needs a pool with reference answers, such as prompts_held_out; {pool.name} has none",
                 "attack",
             )
-        return without_teacher(prompts, prompts.references, f"ground truth of {pool.name}")
+        return SyntheticSet.without_teacher(prompts, prompts.references, f"ground truth of {pool.name}")
 
 
 def same_prompts(oracle: LanguageOracle, pool: Prompts, samples: int, seed: int) -> Prompts:
@@ -37,11 +37,3 @@ def same_prompts(oracle: LanguageOracle, pool: Prompts, samples: int, seed: int)
     total = oracle.affordable()
     prompts = shuffled(pool, -(-total // samples), seed)
     return prompts.take(np.repeat(np.arange(len(prompts)), samples)[:total])
-
-
-def without_teacher(prompts: Prompts, answers: np.ndarray, note: str) -> SyntheticSet:
-    """Answers (n,) that nobody was asked for and that cost nothing."""
-    n = len(prompts)
-    nothing = np.zeros(n, dtype=np.int64)
-    completions = Completions(answers, texts(["stop"] * n), nothing, nothing)
-    return SyntheticSet(prompts, completions, nothing, None, np.zeros(n), profile="text", note=note)

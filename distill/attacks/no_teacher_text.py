@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from distill.attacks.ground_truth_answers import same_prompts, without_teacher
+from distill.attacks.ground_truth_answers import same_prompts
 from distill.contracts import LanguageOracle
 from distill.errors import DistillError
 from distill.language import Prompts, SyntheticSet
@@ -33,4 +33,5 @@ class NoTeacherText:
         answers[order] = pool.references[order[[*range(1, len(order)), 0]]]
         prompts = same_prompts(oracle, pool, samples, seed)
         others = same_prompts(oracle, Prompts(answers), samples, seed)
-        return without_teacher(prompts, others.column, f"{pool.name} with the references of other prompts")
+        note = f"{pool.name} with the references of other prompts"
+        return SyntheticSet.without_teacher(prompts, others.column, note)
