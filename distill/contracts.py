@@ -387,7 +387,7 @@ class TrainingRecovery(Recovery, Protocol):
     extra_outputs: int
 
     def check(self, spec: InputSpec, defense: Defense) -> None:
-        """Raises `DistillError`, before any query is spent, where it can't work with such inputs or answers."""
+        """Raises `Incompatible`, before any query is spent, where it can't work with such inputs or answers."""
         ...
 
     def lesson(self, transfer_set: TransferSet, objective: Objective, knowledge: Knowledge) -> Lesson:

@@ -19,6 +19,10 @@ class DistillError(Exception):
         self.key = key
 
 
+class Incompatible(DistillError):
+    """Two choices that are right by themselves do not fit together. A benchmark marks such a cell as not applicable."""
+
+
 class BudgetExceeded(DistillError):
     """An attack asked for more answers than its budget affords. Nothing of that request was answered or charged.
 

@@ -37,7 +37,7 @@ from distill.contracts import (
     TrainingRecovery,
     of_language,
 )
-from distill.errors import DistillError
+from distill.errors import DistillError, Incompatible
 from distill.kept import Kept, train_once, weights_hash
 from distill.launch import write_atomically
 from distill.provider.ledger import Ledger
@@ -56,6 +56,7 @@ from distill.records import (
     Result,
     Reveals,
     TransferSet,
+    content_keys,
     file_hash,
     softmax,
 )
@@ -316,6 +317,90 @@ class OwnStudent:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Served:
+    """What the evaluation has of the provider alone.
+
+    Args:
+        answers: To the test rows, of "teacher" and "defended_teacher".
+        judged: What the metrics say of each, by section of the result.
+        utility: How far the returned answers are from the clean ones, and what the defense takes.
+        size: Of the teacher.
+    """
+
+    answers: dict[str, Answers]
+    judged: dict[str, dict[str, dict[str, float]]]
+    utility: dict[str, float]
+    size: dict[str, float | None]
+
+
+@dataclass
+class _Place:
+    """Where the runs of a process that share a provider find what was measured of it."""
+
+    key: str
+    served: Served | None = None
+
+
+_place = lru_cache(maxsize=8)(_Place)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a configuration names, built and found to fit together; no teacher is trained and nothing is asked yet."""
+
+    budget: Budget
+    data: Dataset
+    teacher: Teacher
+    defense: Defense
+    profile: InterfaceProfile
+    attack: Attack
+    recovery: Recovery
+    objective: Objective
+    student: Student
+    recipe: Recipe
+    metrics: dict[str, Metric]
+
+    @classmethod
+    def of(cls, config: Any, choices: dict[str, str]) -> Parts:
+        """Raises `DistillError` for a wrong option, and `Incompatible` where options do not fit together."""
+        budget = Budget(config.budget.queries, config.budget.usd, config.budget.tokens)
+        Ledger(budget, config.access.usd_per_query)  # a price that does not fit is told before a teacher is trained
+        if any(not 0 < share < 1 for share in config.curve):
+            raise DistillError("shares of the budget between 0 and 1, such as [0.1,0.3]", "curve")
+        check_domain(config, choices, language=False)
+        teacher: Teacher = build(config.teacher, "teacher")
+        defense: Defense = build(config.defense, "defense")
+        attack: Attack = build(config.attack, "attack")
+        recovery: Recovery = build(config.recovery, "recovery")
+        objective: Objective = build(config.objective, "objective")
+        student: Student = build(config.student, "student")
+        recipe: Recipe = build(config.training, "training")
+        metrics: dict[str, Metric] = build(config.metric, "metric")
+        data = load_data(described(config.data))
+        if data.spec.kind not in attack.inputs:
+            fits = options_that("attack", lambda k: not of_language("attack", k) and data.spec.kind in k.inputs)
+            raise Incompatible(
+                f"{choices['attack']} asks about {' or '.join(f'{kind}s' for kind in attack.inputs)}, and {data.name} "
+                f"holds {data.spec.kind}s; compatible: {', '.join(fits)}",
+                "attack",
+            )
+        profile = (
+            InterfaceProfile.parse(config.access.profile, config.access.top_k)
+            .meet(defense.exposes)
+            .meet(InterfaceProfile(teacher.output))
+        )
+        if profile.top_k is not None and profile.top_k > data.classes:
+            key = "access.top_k" if config.access.top_k == profile.top_k else "defense.k"
+            raise Incompatible(f"{profile.top_k} is more than the {data.classes} classes of {data.name}", key)
+        check_profile("attack", attack, choices, profile)
+        check_profile("objective", objective, choices, profile)
+        if isinstance(recovery, TrainingRecovery):
+            recovery.check(data.spec, defense)
+        student.build(data.spec, data.classes)  # an architecture that can't read these inputs is told now
+        return cls(budget, data, teacher, defense, profile, attack, recovery, objective, student, recipe, metrics)
+
+
 @dataclass
 class Experiment:
     """Both sides of an experiment. `teacher` and `defense` belong to the provider and to the evaluation.
@@ -347,52 +432,21 @@ class Experiment:
 
         `queries` is the folder of the query stage, where the provider keeps its log.
         """
-        budget = Budget(config.budget.queries, config.budget.usd, config.budget.tokens)
-        Ledger(budget, config.access.usd_per_query)  # a price that does not fit is told before a teacher is trained
-        if any(not 0 < share < 1 for share in config.curve):
-            raise DistillError("shares of the budget between 0 and 1, such as [0.1,0.3]", "curve")
-        check_domain(config, choices, language=False)
-        teacher: Teacher = build(config.teacher, "teacher")
-        defense: Defense = build(config.defense, "defense")
-        attack: Attack = build(config.attack, "attack")
-        recovery: Recovery = build(config.recovery, "recovery")
-        objective: Objective = build(config.objective, "objective")
-        student: Student = build(config.student, "student")
-        recipe: Recipe = build(config.training, "training")
-        metrics: dict[str, Metric] = build(config.metric, "metric")
-        data = _load(_described(config.data))
-        if data.spec.kind not in attack.inputs:
-            fits = options_that("attack", lambda k: not of_language("attack", k) and data.spec.kind in k.inputs)
-            raise DistillError(
-                f"{choices['attack']} asks about {' or '.join(f'{kind}s' for kind in attack.inputs)}, and {data.name} "
-                f"holds {data.spec.kind}s; compatible: {', '.join(fits)}",
-                "attack",
-            )
-        profile = (
-            InterfaceProfile.parse(config.access.profile, config.access.top_k)
-            .meet(defense.exposes)
-            .meet(InterfaceProfile(teacher.output))
-        )
-        if profile.top_k is not None and profile.top_k > data.classes:
-            key = "access.top_k" if config.access.top_k == profile.top_k else "defense.k"
-            raise DistillError(f"{profile.top_k} is more than the {data.classes} classes of {data.name}", key)
-        check_profile("attack", attack, choices, profile)
-        check_profile("objective", objective, choices, profile)
-        if isinstance(recovery, TrainingRecovery):
-            recovery.check(data.spec, defense)
+        parts = Parts.of(config, choices)
+        data, teacher, defense = parts.data, parts.teacher, parts.defense
         pool: Examples = build(config.pool, "pool").load(data)
         if len(pool) == 0:
             raise DistillError("the pool is empty", "pool")
         outliers = None
         if config.outliers is not None:
-            outliers = _load_outliers(_described(config.outliers), _described(config.data))
-        student.build(data.spec, data.classes)  # an architecture that can't read these inputs is told now
+            outliers = _load_outliers(described(config.outliers), described(config.data))
         teacher.prepare(data, trainer, cache_dir())
         serving = teacher
         if isinstance(defense, NetworkDefense):
             serving = defense.prepare(teacher, data, trainer, cache_dir(), 0)  # as the teacher's, not the run's seed
         students = StudentTrainer(
-            *(student, recovery, objective, recipe, trainer, data.spec, data.class_names, config.seed),
+            *(parts.student, parts.recovery, parts.objective, parts.recipe, trainer),
+            *(data.spec, data.class_names, config.seed),
             *(choices["defense"], config.defense),
         )
         experiment = cls(
@@ -404,15 +458,15 @@ class Experiment:
             teacher=teacher,
             serving=serving,
             defense=defense,
-            profile=profile,
-            budget=budget,
-            attack=attack,
+            profile=parts.profile,
+            budget=parts.budget,
+            attack=parts.attack,
             students=students,
-            metrics=metrics,
+            metrics=parts.metrics,
             choices=choices,
             queries=queries,
         )
-        if recovery.knows == "the clean answers":
+        if parts.recovery.knows == "the clean answers":
             students.oracle = lambda inputs: (experiment.provider.clean(inputs).posteriors, defense)
         return experiment
 
@@ -507,55 +561,83 @@ class Experiment:
 
     def measure(self, student: TrainedStudent, result: Result, run_dir: Path) -> None:
         """Fill in what is measured on the test rows; it writes `samples.jsonl` on the way."""
-        test = self.data.test
-        clean, returned = self.provider.clean(test.inputs), self.provider.returned(test.inputs)
-        answers = {
-            "teacher": clean,
-            "defended_teacher": returned,
-            "student": Answers(softmax(student.predict(test.inputs))),
-        }
-        for metric in self.metrics.values():
-            if metric.compares_with == "labels":
-                section = getattr(result, metric.section)
-                for who, given in answers.items():
-                    section.setdefault(who, {}).update(metric.measure(given.posteriors, self.data.test_labels))
-            elif metric.compares_with == "outliers":
-                section = getattr(result, metric.section)
-                for who, given in self._of_outliers(student).items():
-                    section.setdefault(who, {}).update(metric.measure(answers[who].posteriors, given.posteriors))
-            else:
-                result.fidelity |= metric.measure(answers["student"].posteriors, clean.posteriors)
-                result.utility |= metric.measure(returned.posteriors, clean.posteriors)
-        result.utility |= result.calibration.get("defended_teacher", {})
-        result.utility["latency_s"] = self.provider.defense_latency_s(test.inputs)  # besides the teacher's own
+        test, theirs = self.data.test, self.served()
+        answers = {**theirs.answers, "student": Answers(softmax(student.predict(test.inputs)))}
+        outliers = None if self.outliers is None else Answers(softmax(student.predict(self.outliers.inputs)))
+        judged = {**theirs.judged, "student": self._judged(answers["student"], outliers)}
+        for who, sections in judged.items():
+            for section, numbers in sections.items():
+                getattr(result, section)[who] = dict(numbers)
+        clean = theirs.answers["teacher"].posteriors
+        result.fidelity |= self._distance(answers["student"].posteriors, clean)
+        result.utility |= theirs.utility | result.calibration.get("defended_teacher", {})
         one = self.students.student.encode(test.inputs[:1], self.data.spec)
-        result.sizes = {
-            "teacher": {
-                "parameters": self.teacher.parameters,
-                "flops_per_query": self.teacher.flops_per_query,
-                "latency_s": self.teacher.latency_s(test.inputs[:1]),
-            },
-            "student": {**measure_size(student.module, one)},
-        }
+        result.sizes = {"teacher": dict(theirs.size), "student": {**measure_size(student.module, one)}}
         result.classes, result.test_rows = self.data.classes, len(test)
-        result.tracks = self._tracks(answers["student"].posteriors, clean.posteriors)
+        result.tracks = self._tracks(answers["student"].posteriors, clean)
         result.cost["evaluation_seconds"] = 0.0 if self.own is None else self.own.seconds
         _write_samples(self.data, answers, run_dir / "samples.jsonl")
 
-    def _of_outliers(self, student: TrainedStudent) -> dict[str, Answers]:
-        """What each side says of inputs from elsewhere; nothing where there are none."""
-        if self.outliers is None:
-            return {}
-        return {
-            "teacher": self.provider.clean(self.outliers.inputs),
-            "defended_teacher": self.provider.returned(self.outliers.inputs),
-            "student": Answers(softmax(student.predict(self.outliers.inputs))),
+    def served(self) -> Served:
+        """What the evaluation needs of the provider, measured once for all students of this process."""
+        config, teachers = self.config, (self.teacher, self.serving)
+        state = self.defense.state() if isinstance(self.defense, StatefulDefense) else {}
+        parts = [
+            *(teacher.fingerprint for teacher in teachers),
+            *(identity(config[group]) for group in ("defense", "access", "metric", "precision", "seed")),
+            {name: self.fingerprints.get(name) for name in ("test", "outliers", "defense")},
+            {name: content_keys(array.reshape(1, -1)).item().hex() for name, array in state.items()},
+            str(self.trainer.device),
+        ]
+        place = _place(digest(parts, length=32))
+        if place.served is None:
+            place.served = self._serve()
+        return place.served
+
+    def _serve(self) -> Served:
+        provider, test = self.provider, self.data.test.inputs
+        answers = {"teacher": provider.clean(test), "defended_teacher": provider.returned(test)}
+        outliers: dict[str, Answers | None] = dict.fromkeys(answers)
+        if self.outliers is not None:
+            strange = self.outliers.inputs
+            outliers = {"teacher": provider.clean(strange), "defended_teacher": provider.returned(strange)}
+        utility = self._distance(answers["defended_teacher"].posteriors, answers["teacher"].posteriors)
+        size = {
+            "parameters": self.teacher.parameters,
+            "flops_per_query": self.teacher.flops_per_query,
+            "latency_s": self.teacher.latency_s(test[:1]),
         }
+        return Served(
+            answers,
+            {who: self._judged(given, outliers[who]) for who, given in answers.items()},
+            utility | {"latency_s": provider.defense_latency_s(test)},  # besides the teacher's own
+            size,
+        )
+
+    def _judged(self, answers: Answers, outliers: Answers | None) -> dict[str, dict[str, float]]:
+        """By section: what the metrics say of one side's answers to the test rows and to inputs from elsewhere."""
+        found: dict[str, dict[str, float]] = {}
+        for metric in self.metrics.values():
+            reference = self.data.test_labels
+            if metric.compares_with == "outliers" and outliers is not None:
+                reference = outliers.posteriors
+            elif metric.compares_with != "labels":
+                continue
+            found.setdefault(metric.section, {}).update(metric.measure(answers.posteriors, reference))
+        return found
+
+    def _distance(self, posteriors: np.ndarray, clean: np.ndarray) -> dict[str, float]:
+        """What the metrics say of answers to the test rows, given the undefended teacher's."""
+        numbers: dict[str, float] = {}
+        for metric in self.metrics.values():
+            if metric.compares_with == "teacher":
+                numbers |= metric.measure(posteriors, clean)
+        return numbers
 
     def compare(self, student: TrainedStudent) -> dict[str, float]:
         """The student's accuracy and fidelity on the test rows, for a point of the budget curve."""
-        test = self.data.test.inputs
-        return self._compared(softmax(student.predict(test)), self.provider.clean(test).posteriors)
+        posteriors = softmax(student.predict(self.data.test.inputs))
+        return self._compared(posteriors, self.served().answers["teacher"].posteriors)
 
     def _tracks(self, posteriors: np.ndarray, clean: np.ndarray) -> dict[str, dict[str, Any]]:
         """Both students: see `distill.records.Result`."""
@@ -570,14 +652,9 @@ class Experiment:
 
     def _compared(self, posteriors: np.ndarray, clean: np.ndarray) -> dict[str, float]:
         """What the metrics say of a student's posteriors of the test rows, given the teacher's."""
-        numbers: dict[str, float] = {}
-        for metric in self.metrics.values():
-            if metric.compares_with == "outliers":
-                continue
-            reference, prefix = (
-                (self.data.test_labels, "student") if metric.compares_with == "labels" else (clean, "fidelity")
-            )
-            numbers |= {f"{prefix}/{name}": value for name, value in metric.measure(posteriors, reference).items()}
+        numbers = {f"fidelity/{name}": value for name, value in self._distance(posteriors, clean).items()}
+        for section in self._judged(Answers(posteriors), None).values():
+            numbers |= {f"student/{name}": value for name, value in section.items()}
         return numbers
 
 
@@ -588,6 +665,16 @@ def open_experiment(config: Any, trainer: Trainer, choices: dict[str, str], quer
     from distill.language_experiment import LanguageExperiment
 
     return LanguageExperiment.build(config, trainer, choices, queries)
+
+
+def check(config: Any, choices: dict[str, str]) -> None:
+    """Raises as `open_experiment` would for what can be told without a teacher, a pool or a query."""
+    if config.sampling is None:
+        Parts.of(config, choices)
+        return
+    from distill.language_experiment import LanguageParts
+
+    LanguageParts.of(config, choices)
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
@@ -605,21 +692,21 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
         raise transfer.DamagedTransferSet(f"{path} is damaged ({error})") from None
 
 
-def _described(node: Any) -> str:
+def described(node: Any) -> str:
     """A config node as text, with the contents of the files that it names."""
     return json.dumps([OmegaConf.to_container(node, resolve=True), identity(node)])
 
 
 @lru_cache(maxsize=1)
-def _load(data: str) -> Dataset:
-    """The data that a node describes, once for all jobs of a sweep."""
+def load_data(data: str) -> Any:
+    """The data that a node describes (see `described`), once for all runs of this process."""
     return build(json.loads(data)[0], "data").load()
 
 
 @lru_cache(maxsize=1)
 def _load_outliers(pool: str, data: str) -> Examples:
     """Some inputs of a pool, once for all jobs of a sweep."""
-    drawn: Examples = build(json.loads(pool)[0], "outliers").load(_load(data))
+    drawn: Examples = build(json.loads(pool)[0], "outliers").load(load_data(data))
     rows = generator(0, "outliers").permutation(len(drawn))[:OUTLIERS]
     return replace(drawn.take(rows), inputs=drawn.inputs[rows])
 
@@ -632,7 +719,7 @@ def check_domain(config: Any, choices: dict[str, str], language: bool) -> None:
             if not _fits(group, language, locate(node["_target_"], group)):
                 fits = options_that(group, partial(_fits, group, language))
                 what = "generates text" if language else "classifies (no sampling is set)"
-                raise DistillError(f"{option} is of the other domain; this experiment {what}: {', '.join(fits)}", group)
+                raise Incompatible(f"{option} is of the other domain; this experiment {what}: {', '.join(fits)}", group)
     if not language and config.own_examples:
         raise DistillError("mixes labelled answers into the training of a language model; leave it 0", "own_examples")
 
@@ -666,7 +753,7 @@ def check_profile(group: str, method: Any, choices: dict[str, str], profile: Int
         return
     language = of_language(group, type(method))
     fits = options_that(group, lambda k: of_language(group, k) is language and k.requires <= profile.reveals)
-    raise DistillError(
+    raise Incompatible(
         f"{choices[group]} requires {method.requires.name.lower()}, but defense={choices['defense']} behind "
         f"access={choices['access']} reveals {profile} only; compatible: {', '.join(fits)}",
         group,

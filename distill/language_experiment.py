@@ -37,8 +37,17 @@ from distill.contracts import (
     WhiteBoxObjective,
     WhiteBoxStudent,
 )
-from distill.errors import DistillError
-from distill.experiment import SAMPLES, WEIGHTS, check_domain, check_profile, save_weights, whole_weights
+from distill.errors import DistillError, Incompatible
+from distill.experiment import (
+    SAMPLES,
+    WEIGHTS,
+    check_domain,
+    check_profile,
+    described,
+    load_data,
+    save_weights,
+    whole_weights,
+)
 from distill.language import Completions, Evidence, Prompts, Sampling, SyntheticSet, Task, texts
 from distill.language_training import TeacherSignal, build_language, fit_language_student
 from distill.launch import write_atomically
@@ -236,6 +245,96 @@ class LanguageStudents:
         return trained
 
 
+@dataclass(frozen=True)
+class LanguageParts:
+    """What a configuration names, built and found to fit together; no teacher is trained and nothing is asked yet.
+
+    Attributes:
+        inside: Whether the objective looks inside the teacher.
+        live: Whether the teacher reads what the student is trained on as it is trained.
+    """
+
+    budget: Budget
+    task: Task
+    teacher: LanguageTeacher
+    defense: LanguageDefense
+    profile: InterfaceProfile
+    sampling: Sampling
+    attack: PromptAttack
+    curation: Curation
+    objective: LanguageObjective
+    signal: Signal
+    rollout: Rollout
+    student: LanguageStudent
+    recipe: Recipe
+    metrics: dict[str, LanguageMetric]
+    inside: bool
+    live: bool
+
+    @classmethod
+    def of(cls, config: Any, choices: dict[str, str]) -> LanguageParts:
+        """Raises `DistillError` for a wrong option, and `Incompatible` where options do not fit together."""
+        check_domain(config, choices, language=True)
+        budget = Budget(config.budget.queries, config.budget.usd, config.budget.tokens)
+        LanguageLedger(budget, _prices(config))  # a price that does not fit is told before a teacher is trained
+        if config.samples < 1:
+            raise DistillError(f"is at least 1, not {config.samples}", "samples")
+        if any(not 0 < share < 1 for share in config.curve):
+            raise DistillError("shares of the budget between 0 and 1, such as [0.1,0.3]", "curve")
+        if config.outliers is not None:
+            raise DistillError("asks classifiers about inputs from elsewhere; leave it null for text", "outliers")
+        if config.own_examples < 0:
+            raise DistillError(f"is at least 0, not {config.own_examples}", "own_examples")
+        sampling: Sampling = build(config.sampling, "sampling")
+        teacher: LanguageTeacher = build(config.teacher, "teacher")
+        defense: LanguageDefense = build(config.defense, "defense")
+        attack: PromptAttack = build(config.attack, "attack")
+        curation: Curation = build(config.recovery, "recovery")
+        objective: LanguageObjective = build(config.objective, "objective")
+        signal: Signal = Text() if config.signal is None else build(config.signal, "signal")
+        rollout: Rollout = OffPolicy() if config.rollout is None else build(config.rollout, "rollout")
+        student: LanguageStudent = build(config.student, "student")
+        recipe: Recipe = build(config.training, "training")
+        metrics: dict[str, LanguageMetric] = build(config.metric, "metric")
+
+        task = load_data(described(config.data))
+        if not isinstance(task, Task):
+            raise Incompatible(f"{choices['data']} holds classes, but sampling is set, which asks for text", "data")
+        access = _access(config)
+        profile = access.meet(defense.exposes)
+        check_profile("attack", attack, choices, profile)
+        check_profile("objective", objective, choices, profile)
+        check_profile("signal", signal, choices, profile)
+        check_profile("student", student, choices, profile)
+        check_profile("rollout", rollout, choices, profile)
+        if rollout.writes and config.budget.scored is None:
+            raise Incompatible("a student that learns on its own text needs it scored; set how often", "budget.scored")
+        inside = isinstance(objective, WhiteBoxObjective)
+        if inside and (rollout.writes or not isinstance(signal, Text)):
+            raise Incompatible(
+                f"objective={choices['objective']} looks inside the teacher as it reads the answers; take signal=text "
+                "and rollout=off_policy",
+                "rollout" if rollout.writes else "signal",
+            )
+        # What came with the answers is all that an objective across tokens needs that makes do with the top k.
+        told = isinstance(objective, CrossTokenObjective) and objective.requires <= Reveals.TOP_K
+        live = rollout.writes or inside  # the teacher reads what the student is trained on as it is trained
+        if isinstance(signal, Text) and not live and objective.requires > Reveals.TEXT and not told:
+            raise Incompatible(f"objective={choices['objective']} learns from distributions; take top_k, say", "signal")
+        if config.own_examples and (live or not isinstance(signal, Text)):
+            raise Incompatible(
+                "come as text alone; take signal=text and rollout=off_policy, or leave it 0", "own_examples"
+            )
+        if curation.knows == "own labelled examples" and not config.own_examples:
+            raise Incompatible(f"{choices['recovery']} measures on them; give it some", "own_examples")
+        if curation.knows == "the task's checker" and task.check is None:
+            raise Incompatible(f"{task.name} has no checker to verify answers with", "recovery")
+        return cls(
+            *(budget, task, teacher, defense, profile, sampling, attack, curation, objective, signal, rollout),
+            *(student, recipe, metrics, inside, live),
+        )
+
+
 @dataclass
 class LanguageExperiment:
     """Both sides of an experiment. `teacher` belongs to the provider and to the evaluation."""
@@ -263,61 +362,9 @@ class LanguageExperiment:
 
         `queries` is the folder of the query stage.
         """
-        check_domain(config, choices, language=True)
-        budget = Budget(config.budget.queries, config.budget.usd, config.budget.tokens)
-        LanguageLedger(budget, _prices(config))  # a price that does not fit is told before a teacher is trained
-        if config.samples < 1:
-            raise DistillError(f"is at least 1, not {config.samples}", "samples")
-        if any(not 0 < share < 1 for share in config.curve):
-            raise DistillError("shares of the budget between 0 and 1, such as [0.1,0.3]", "curve")
-        if config.outliers is not None:
-            raise DistillError("asks classifiers about inputs from elsewhere; leave it null for text", "outliers")
-        if config.own_examples < 0:
-            raise DistillError(f"is at least 0, not {config.own_examples}", "own_examples")
-        sampling: Sampling = build(config.sampling, "sampling")
-        teacher: LanguageTeacher = build(config.teacher, "teacher")
-        defense: LanguageDefense = build(config.defense, "defense")
-        attack: PromptAttack = build(config.attack, "attack")
-        curation: Curation = build(config.recovery, "recovery")
-        objective: LanguageObjective = build(config.objective, "objective")
-        signal: Signal = Text() if config.signal is None else build(config.signal, "signal")
-        rollout: Rollout = OffPolicy() if config.rollout is None else build(config.rollout, "rollout")
-        student: LanguageStudent = build(config.student, "student")
-        recipe: Recipe = build(config.training, "training")
-        metrics: dict[str, LanguageMetric] = build(config.metric, "metric")
-
-        task = build(config.data, "data").load()
-        if not isinstance(task, Task):
-            raise DistillError(f"{choices['data']} holds classes, but sampling is set, which asks for text", "data")
-        access = _access(config)
-        profile = access.meet(defense.exposes)
-        check_profile("attack", attack, choices, profile)
-        check_profile("objective", objective, choices, profile)
-        check_profile("signal", signal, choices, profile)
-        check_profile("student", student, choices, profile)
-        check_profile("rollout", rollout, choices, profile)
-        if rollout.writes and config.budget.scored is None:
-            raise DistillError("a student that learns on its own text needs it scored; set how often", "budget.scored")
-        inside = isinstance(objective, WhiteBoxObjective)
-        if inside and (rollout.writes or not isinstance(signal, Text)):
-            raise DistillError(
-                f"objective={choices['objective']} looks inside the teacher as it reads the answers; take signal=text "
-                "and rollout=off_policy",
-                "rollout" if rollout.writes else "signal",
-            )
-        # What came with the answers is all that an objective across tokens needs that makes do with the top k.
-        told = isinstance(objective, CrossTokenObjective) and objective.requires <= Reveals.TOP_K
-        live = rollout.writes or inside  # the teacher reads what the student is trained on as it is trained
-        if isinstance(signal, Text) and not live and objective.requires > Reveals.TEXT and not told:
-            raise DistillError(f"objective={choices['objective']} learns from distributions; take top_k, say", "signal")
-        if config.own_examples and (live or not isinstance(signal, Text)):
-            raise DistillError(
-                "come as text alone; take signal=text and rollout=off_policy, or leave it 0", "own_examples"
-            )
-        if curation.knows == "own labelled examples" and not config.own_examples:
-            raise DistillError(f"{choices['recovery']} measures on them; give it some", "own_examples")
-        if curation.knows == "the task's checker" and task.check is None:
-            raise DistillError(f"{task.name} has no checker to verify answers with", "recovery")
+        parts = LanguageParts.of(config, choices)
+        task, teacher, defense, curation = parts.task, parts.teacher, parts.defense, parts.curation
+        objective, signal, student, profile = parts.objective, parts.signal, parts.student, parts.profile
         pool: Prompts = build(config.pool, "pool").load_prompts(task)
         if len(pool) == 0:
             raise DistillError("the pool is empty", "pool")
@@ -330,12 +377,12 @@ class LanguageExperiment:
         opened = teacher if profile.reveals is Reveals.WEIGHTS and isinstance(teacher, LocalLanguageTeacher) else None
         if isinstance(student, WhiteBoxStudent) and opened is not None:
             student = student.of_teacher(opened.network)
-        if inside and opened is None:
+        if parts.inside and opened is None:
             raise DistillError(
                 f"objective={choices['objective']} takes a teacher whose weights are here, and access=white_box",
                 "teacher",
             )
-        over_tokens = not isinstance(signal, Text) or live
+        over_tokens = not isinstance(signal, Text) or parts.live
         if over_tokens and not isinstance(objective, CrossTokenObjective) and teacher.tokenizer is not None:
             _check_tokens(student, teacher, choices)
         if teacher.tokenizer is None and not isinstance(signal, Text):
@@ -351,17 +398,17 @@ class LanguageExperiment:
             teacher=teacher,
             serving=serving,
             defense=defense,
-            profile=profile,
-            budget=budget,
-            sampling=sampling,
-            signal=signal,
-            attack=attack,
+            profile=parts.profile,
+            budget=parts.budget,
+            sampling=parts.sampling,
+            signal=parts.signal,
+            attack=parts.attack,
             students=LanguageStudents(
                 student,
                 curation,
-                rollout,
+                parts.rollout,
                 objective,
-                recipe,
+                parts.recipe,
                 trainer,
                 teacher.tokenizer,
                 config.max_length,
@@ -370,7 +417,7 @@ class LanguageExperiment:
                 pool,
                 config.own_examples,
             ),
-            metrics=metrics,
+            metrics=parts.metrics,
             choices=choices,
             queries=queries,
         )
@@ -524,9 +571,9 @@ class LanguageExperiment:
 
 
 def _check_tokens(student: LanguageStudent, teacher: LanguageTeacher, choices: dict[str, str]) -> None:
-    """Raises `DistillError` where the two have different vocabularies."""
+    """Raises `Incompatible` where the two have different vocabularies."""
     if not same_tokens(student.tokenizer(teacher.tokenizer), teacher.tokenizer):
-        raise DistillError(
+        raise Incompatible(
             f"{choices['student']} has other tokens than its teacher, and objective={choices['objective']} compares "
             "them one by one; take uld, byte_likelihood, or sequence_kd with signal=text",
             "student",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from distill.contracts import Defense, Knowledge, Lesson, Objective
-from distill.errors import DistillError
+from distill.errors import DistillError, Incompatible
 from distill.records import InputSpec, TransferSet
 from distill.recovery._simulated import SimulatedApi, code
 
@@ -59,9 +59,9 @@ class DefenseInLoop:
         return replace(transfer_set, targets=transfer_set.posteriors)
 
     def check(self, spec: InputSpec, defense: Defense) -> None:
-        """Raises `DistillError` for a defense that is not deterministic."""
+        """Raises `Incompatible` for a defense that is not deterministic."""
         if not defense.deterministic:
-            raise DistillError(
+            raise Incompatible(
                 "defense_in_loop can't follow a defense that draws new noise for each answer; use recovery=average",
                 "recovery",
             )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from distill.contracts import Defense, Knowledge, Lesson, Objective
-from distill.errors import DistillError
+from distill.errors import DistillError, Incompatible
 from distill.randomness import generator
 from distill.records import Inputs, InputSpec, TransferSet
 
@@ -53,10 +53,10 @@ class S4L:
         return replace(transfer_set, targets=transfer_set.posteriors)
 
     def check(self, spec: InputSpec, defense: Defense) -> None:
-        """Raises `DistillError` for all but square images."""
+        """Raises `Incompatible` for all but square images."""
         if spec.kind != "image" or spec.shape[0] != spec.shape[1]:
             found = f"images of {spec.shape[0]}×{spec.shape[1]}" if spec.kind == "image" else f"{spec.kind}s"
-            raise DistillError(f"s4l turns square images, and these inputs are {found}; choose another", "recovery")
+            raise Incompatible(f"s4l turns square images, and these inputs are {found}; choose another", "recovery")
 
     def lesson(self, transfer_set: TransferSet, objective: Objective, knowledge: Knowledge) -> Lesson:
         """The queries, then the turned images; besides the objective's own (0 for these), a target "s4l_turn"."""
