@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from distill.errors import DistillError, nearest
 
@@ -205,7 +205,7 @@ def options_that(group: str, fits: Callable[[Any], bool]) -> list[str]:
 
 def identity(node: Any) -> Any:
     """The part of a config that can change a result: no paths, no workers; a file stands for what it holds."""
-    if isinstance(node, DictConfig):
+    if isinstance(node, (DictConfig, ListConfig)):
         node = OmegaConf.to_container(node, resolve=True)
     if isinstance(node, Mapping):
         return {
@@ -243,7 +243,7 @@ def _select(config: Any, groups: tuple[str, ...]) -> dict[str, Any]:
 
 def query_id(config: Any) -> str:
     """Identifies a transfer set: everything that the answers depend on."""
-    return digest(_select(config, QUERY_GROUPS + (LEARNER_GROUPS if _adapts(config.attack) else ())))
+    return digest(_select(config, QUERY_GROUPS + (LEARNER_GROUPS if _adapts(config["attack"]) else ())))
 
 
 def _adapts(attack: Any) -> bool:

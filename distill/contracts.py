@@ -489,6 +489,24 @@ class Tracker(Protocol):
         ...
 
 
+@runtime_checkable
+class Dashboard(Tracker, Protocol):
+    """A tracker to which finished runs can be sent later, and what they are together (`distill.trackers.push`)."""
+
+    where: str  # where to look at it, for people; known once something was sent
+
+    def held(self, folders: Mapping[str, Path]) -> set[str]:
+        """Which of these runs it has. `folders`: run id to where a run of this machine keeps what is not sent yet."""
+        ...
+
+    def summarise(
+        self, folder: Path, name: str, config: Mapping[str, Any], tables: Mapping[str, Any], images: Mapping[str, Any]
+    ) -> None:
+        """One run for a whole comparison, which takes the place of an earlier one: ``pandas.DataFrame`` and
+        ``PIL.Image.Image`` by name."""
+        ...
+
+
 # --- generation -----------------------------------------------------------------------------------------------------
 # The same rooms, with text instead of posteriors. A room's class fits the contract of one domain or of the other, and
 # is known by the method that only that contract has.

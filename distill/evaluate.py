@@ -12,6 +12,7 @@ import logging
 import platform
 import subprocess
 import time
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,21 @@ def environment(trainer: Trainer) -> dict[str, Any]:
     """Where a result was made: versions, hardware, the commit of this program and whether it was changed since."""
     import torch
 
+    cuda = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else None
+    return {
+        **_program(),
+        "platform": platform.platform(),
+        "cpu": platform.processor() or platform.machine(),
+        "device": str(trainer.device),
+        "processes": trainer.processes,
+        "gpu": cuda,
+        "threads": torch.get_num_threads(),
+    }
+
+
+@lru_cache(maxsize=1)
+def _program() -> dict[str, Any]:
+    """What this process runs: commit and versions, looked up once."""
     from distill import __version__
 
     here = Path(__file__).resolve().parent.parent
@@ -87,18 +103,7 @@ def environment(trainer: Trainer) -> dict[str, Any]:
     if (here / ".git").exists():
         commit = _git(here, "rev-parse", "HEAD")
         dirty = bool(_git(here, "status", "--porcelain"))
-    cuda = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else None
-    return {
-        "commit": commit,
-        "dirty": dirty,
-        "versions": versions,
-        "platform": platform.platform(),
-        "cpu": platform.processor() or platform.machine(),
-        "device": str(trainer.device),
-        "processes": trainer.processes,
-        "gpu": cuda,
-        "threads": torch.get_num_threads(),
-    }
+    return {"commit": commit, "dirty": dirty, "versions": versions}
 
 
 def _git(folder: Path, *words: str) -> str | None:

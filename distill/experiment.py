@@ -239,13 +239,16 @@ class StudentTrainer:
         if transfer_set.targets is not None:
             plain = replace(self, recovery=_AsGiven())
             return plain._learn(plain._lesson(transfer_set, pool), name, directory)
+        started = time.monotonic()
         knowledge = self._knowledge(transfer_set, pool)
         recovered = self.recovery.targets(transfer_set, knowledge)
         if isinstance(self.recovery, TrainingRecovery):
             lesson = self.recovery.lesson(recovered, self.objective, knowledge)
         else:
             lesson = self._lesson(recovered, pool)
+        seconds = time.monotonic() - started
         student = self._learn(lesson, name, directory)
+        student.history["recovery_seconds"] = seconds
         if recovered.note != transfer_set.note:  # what the recovery found out
             student.history["note"] = recovered.note
         return student

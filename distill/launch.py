@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -62,6 +63,8 @@ def explain(error: BaseException) -> str | None:
         return f"hydra.run.dir: cannot write to {error.filename} ({error.strerror}); choose another folder"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _explain_config(error)
+    if isinstance(error, RuntimeError) and '"srun"' in str(error):
+        return "launch: there is no Slurm on this machine; +launch=slurm_local starts the same jobs without one"
     return None
 
 
@@ -82,6 +85,9 @@ def _explain_config(error: BaseException) -> str:
         at = at.__cause__
     text = " ".join(dict.fromkeys(line for line in texts if not line.startswith("Error merging override")))
     words = text.replace("'", " ").replace("=", " ").split()
+    if found := re.search(r"Could not find 'hydra/launcher/(\w+)'", text):
+        extra = {"joblib": "launch", "ray": "ray"}.get(found[1], "slurm")
+        return f"launch: its plugin is not installed; pip install 'distill-framework[{extra}]'"
     if "Could not find" in text and "/" in text:  # a group's option: 'defense/roundng'
         group, _, option = next(word for word in words if "/" in word).partition("/")
         return f"{group}: no option '{option}'.{nearest(option, options(group))}"
@@ -130,11 +136,11 @@ def help_text(title: str, module: str, argv: list[str]) -> str:
         "Every option of a group has its own keys: --cfg job prints the composed config, GROUP.KEY=VALUE sets one.",
     ]
     groups = sorted({p.name for folder in search if folder.is_dir() for p in folder.iterdir() if p.is_dir()})
-    for group in [g for g in groups if g != "experiment"] + ["experiment"]:
+    for group in [g for g in groups if g not in ("launch", "experiment")] + ["launch", "experiment"]:
         known = options(group, search)
-        if group in ("hydra", "accelerate") or not known:
+        if group in ("hydra", "accelerate", "benchmark") or not known:
             continue
-        lines.append(f"\n{'+experiment' if group == 'experiment' else group}=")
+        lines.append(f"\n{'+' if group in ('launch', 'experiment') else ''}{group}=")
         lines += [f"  {name:<24} {text}" for name, text in known.items()]
     lines += [
         "\nkeys",
@@ -247,9 +253,11 @@ def write_atomically(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def compared() -> Iterator[None]:
     """Around a sweep: one table at its end of all runs that finished, whichever process made them."""
-    handle, name = tempfile.mkstemp(prefix="distill-sweep-")
+    here = Path.cwd() if os.access(Path.cwd(), os.W_OK) else None  # a folder that jobs on other machines see as well
+    handle, name = tempfile.mkstemp(prefix=".distill-sweep-", dir=here)
     os.close(handle)
     os.environ[SWEEP_FILE] = name
+    sys.argv.append(f"++hydra.job.env_set.{SWEEP_FILE}='{name}'")  # to those that don't inherit the environment
     try:
         yield
     finally:

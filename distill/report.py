@@ -1,7 +1,10 @@
-"""A table of finished runs, read from their files.
+"""Tables, pages and checks of finished runs, read from their files.
 
-python -m distill.report                      every run under outputs/
-python -m distill.report outputs/*-vs-rounding
+python -m distill.report                                  every run under outputs/
+python -m distill.report outputs/*-vs-mad seed=0,1        these folders, and of the runs there those with these seeds
+python -m distill.report defense.beta=0.9 --markdown      an option; as Markdown, on standard output
+python -m distill.report results/NAME --html page.html    a benchmark, as a page
+python -m distill.report --check quickstart               against the values that its experiment states
 """
 
 from __future__ import annotations
@@ -9,37 +12,26 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
+from markupsafe import Markup
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from distill.config import NOT_IDENTITY, QUERY_GROUPS, STUDENT_GROUPS, digest
-from distill.errors import DistillError
-from distill.launch import SWEEP_FILE, one_line_errors
+from distill import tables
+from distill.errors import DistillError, nearest
+from distill.launch import SWEEP_FILE, one_line_errors, write_atomically
 from distill.records import Result, TransferSet
+from distill.results import Comparison, compare, curves, numbers
 
 log = logging.getLogger(__name__)
 
-# Columns of the comparing table: title and how to read it from a result.
-AXES = ("data", "teacher", "attack", "defense", "access", "sampling", "recovery", "signal", "objective", "student")
-NUMBERS: dict[str, Any] = {
-    "teacher acc": lambda r: r.accuracy["teacher"]["accuracy"],
-    "defended acc": lambda r: r.accuracy["defended_teacher"]["accuracy"],
-    "student acc": lambda r: r.accuracy["student"]["accuracy"],
-    "agreement": lambda r: r.fidelity["agreement"],
-    "own acc": lambda r: _own(r, "student/accuracy"),
-    "own agreement": lambda r: _own(r, "fidelity/agreement"),
-    "KL": lambda r: r.fidelity["kl"],
-    "mean L1": lambda r: r.utility["l1_mean"],
-    "queries": lambda r: r.cost["queries"],
-    "tokens": lambda r: r.cost["tokens_in"] + r.cost["tokens_out"] if not r.classes else None,
-    "usd": lambda r: r.cost["usd"],
-}
-UNKNOWN = "–"  # the run did not measure it
+OUTPUTS, RESULTS = Path("outputs"), Path("results")
 
 # What a defense costs honest users: title and name in `Result.utility`.
 COSTS = {
@@ -51,194 +43,77 @@ COSTS = {
     "NLL": "nll",
     "OOD AUROC": "ood_auroc",
 }
-CONTROL = "ground_truth_answers"
-# Controls that wrap another attack on a classifier: title and option.
-CONTROLS = {
-    "beyond truth": "ground_truth_labels",
-    "beyond weaker": "weaker_model_labels",
-    "beyond self-taught": "self_taught",
-    "beyond random": "random_labels",
-}
-HOW_TAUGHT = ("defense", "attack", "access", "signal", "rollout", "objective")  # in these a control may differ
 
 
-def load_runs(places: list[Path]) -> dict[Path, Result]:
-    """The results at or below these folders; damaged ones are named in a warning and left out."""
-    found: dict[Path, Result] = {}
-    for place in places:
-        for path in sorted(place.rglob("result.json")):
-            try:
-                found[path.parent] = Result.load(path)
-            except DistillError as error:
-                log.warning("%s", error)
+# --- on the terminal ------------------------------------------------------------------------------------------------
+
+
+def show(comparison: Comparison, single: bool = False) -> None:
+    """Print the tables of a comparison, and what to be wary of."""
+    console = _console()
+    for table in _tables(comparison, single):
+        console.print(*table.rich(console.width))
+    for sentence in _headline(comparison):
+        console.print(sentence.striptags(), soft_wrap=True)
+    for warning in _warnings(comparison):
+        console.print(f"note: {warning}", soft_wrap=True)
+
+
+def _tables(comparison: Comparison, single: bool) -> list[tables.Table]:
+    """A benchmark is judged; of other runs nobody has said what is compared with what."""
+    if single or not comparison.benchmark:
+        return [tables.runs(comparison, single)]
+    from distill.figures import narrowed
+    from distill.page import further
+
+    found = tables.judged(comparison)
+    for table in further(comparison, narrowed(comparison)[0]):  # cells are names, or numbers as text and as value
+        rows = [[cell if isinstance(cell, str) else cell[0] for cell in row] for row in table["rows"]]
+        labels = len([*takewhile(lambda cell: isinstance(cell, str), table["rows"][0])])
+        found.append(tables.Table(table["title"], table["columns"], rows, labels, [table["text"]]))
     return found
 
 
-def _number(title: str, result: Result) -> str:
-    try:
-        value = NUMBERS[title](result)
-    except KeyError:
-        value = None
-    if value is None:
-        return UNKNOWN
-    if title in ("queries", "tokens"):
-        return f"{value:,.0f}"
-    return f"{value:.2f}" if title == "usd" else f"{value:.4f}"
+def _headline(comparison: Comparison) -> list[Markup]:
+    """What a benchmark comes to, in a few sentences."""
+    if not comparison.benchmark:
+        return []
+    from distill.figures import narrowed
+    from distill.verdict import headline, judged
+
+    at_last = narrowed(comparison)[0]
+    return headline(at_last, judged(at_last))
 
 
-def recovery_ratios(results: list[Result]) -> list[dict[str, float]]:
-    """For each run, how much of what the undefended teacher's answers teach its student learnt.
+def _warnings(comparison: Comparison) -> list[str]:
+    """What to be wary of in a judged table."""
+    if not comparison.benchmark:
+        return []
+    from distill.checks import warnings
 
-    "recovery ratio" is (S_d − S_0)/(S_clean − S_0), of task accuracies: S_d of the run's student, S_0 of the untrained
-    one, S_clean of the student of the run that differs in nothing but having no defense. "ground truth" is the same
-    with the student of the control on ground truth in the place of S_d. A ratio is left out where a run that it needs
-    is not among these, where there was nothing to learn (S_clean ≤ S_0), and for controls.
-    """
-    clean = {_common(r, "defense"): r for r in results if r.choices["defense"] == "none"}
-    truth = {_common(r, *HOW_TAUGHT): r for r in results if r.choices["attack"] == CONTROL}
-    found: list[dict[str, float]] = []
-    for result in results:
-        ratios: dict[str, float] = {}
-        students = {"recovery ratio": result, "ground truth": truth.get(_common(result, *HOW_TAUGHT))}
-        undefended = clean.get(_common(result, "defense"))
-        top, start = _accuracy(undefended, "student"), _accuracy(result, "untrained")
-        if result.cost["queries"] and top is not None and start is not None and top > start:
-            for title, other in students.items():
-                if (reached := _accuracy(other, "student")) is not None:
-                    ratios[title] = (reached - start) / (top - start)
-        found.append(ratios)
-    return found
-
-
-def beyond_controls(results: list[Result]) -> list[dict[str, float]]:
-    """For each run, what the teacher's answers were worth: by how much the accuracy of its student is above those of
-    the students of its controls, which differ in nothing but the answers to the very same queries.
-
-    A control is told by its attack, which wraps the attack of the run; an attack that adapts heard the same answers in
-    both, since nothing else differs. "beyond truth" is the difference from ground truth, and so on: from the best of
-    several that differ in options of their own. One is left out where that control is not among these.
-    """
-    without: dict[tuple[str, ...], float] = {}
-    for result in results:
-        for title, option in CONTROLS.items():
-            if result.choices["attack"] == option and (reached := _accuracy(result, "student")) is not None:
-                control = title, _common(result, "attack"), digest(_told(result.config["attack"].get("attack")))
-                without[control] = max(reached, without.get(control, 0.0))
-    found: list[dict[str, float]] = []
-    for result in results:
-        run = _common(result, "attack"), digest(_told(result.config["attack"]))
-        if (reached := _accuracy(result, "student")) is None:
-            found.append({})
-            continue
-        found.append({title: reached - without[title, *run] for title in CONTROLS if (title, *run) in without})
-    return found
-
-
-def _common(result: Result, *but: str) -> str:
-    """The same for two runs that differ in these groups alone. A path stands for itself: what it holds is told apart by
-    the fingerprints, all but the teacher's, since a defense may train another one."""
-    groups = {name: _told(result.config.get(name)) for name in QUERY_GROUPS + STUDENT_GROUPS if name not in but}
-    return digest([groups, {name: value for name, value in result.fingerprints.items() if name != "teacher"}])
-
-
-def _told(node: Any) -> Any:
-    """A config without what can't change a result."""
-    if isinstance(node, list):
-        return [_told(child) for child in node]
-    if isinstance(node, dict):
-        return {name: _told(child) for name, child in node.items() if name not in NOT_IDENTITY}
-    return node
-
-
-def _own(result: Result, name: str) -> float | None:
-    """A number of the attack's own student, where it has one."""
-    track = result.tracks.get("B", {"own": False})
-    return track.get(name) if track["own"] else None
-
-
-def _accuracy(result: Result | None, who: str) -> float | None:
-    return None if result is None else result.accuracy.get(who, {}).get("accuracy")
-
-
-def comparison(runs: dict[Path, Result]) -> Table:
-    """One row a run: what differs between the runs, the numbers, and the run's id. n of every number: the test rows."""
-    results = list(runs.values())
-    axes = [axis for axis in AXES if len({r.choices.get(axis) for r in results}) > 1]
-    options = varied(results)
-    seeds = len({r.seed for r in results}) > 1
-    rows = sorted({r.test_rows for r in results})
-    table = Table(box=box.SIMPLE_HEAD, caption=f"n = {', '.join(map(str, rows))} test rows; seed{'s' * seeds} "
-                  f"{', '.join(map(str, sorted({r.seed for r in results})))}")  # fmt: skip
-    for title in [*axes, *options, *(["seed"] if seeds else [])]:
-        table.add_column(title)
-    titles = [title for title in NUMBERS if any(_number(title, result) != UNKNOWN for result in results)]
-    for title in titles:
-        table.add_column(title, justify="right")
-    ratios = recovery_ratios(results)
-    shares = list(dict.fromkeys(title for row in ratios for title in row))
-    if all(r.choices["defense"] == "none" for r in results):  # 1 by definition
-        shares = [title for title in shares if title != "recovery ratio"]
-    worths = beyond_controls(results)
-    beyond = [title for title in CONTROLS if any(title in row for row in worths)]
-    for title in [*shares, *beyond]:
-        table.add_column(title, justify="right")
-    table.add_column("run")
-    for i, ((run_dir, result), share, worth) in enumerate(zip(runs.items(), ratios, worths, strict=True)):
-        row = [result.choices.get(axis, UNKNOWN) for axis in axes]
-        row += [values[i] for values in options.values()] + ([str(result.seed)] if seeds else [])
-        row += [_number(title, result) for title in titles]
-        row += [f"{share[title]:.4f}" if title in share else UNKNOWN for title in shares]
-        row += [f"{worth[title]:+.4f}" if title in worth else UNKNOWN for title in beyond]
-        table.add_row(*row, run_dir.name)
-    return table
-
-
-def varied(results: list[Result]) -> dict[str, list[str]]:
-    """The options in which runs differ that chose the same component of that group (or in the budget, the curve's
-    length and the like), by name, such as ``defense.delta``; for each its value in every run."""
-    chosen: dict[str, dict[str, set[str]]] = {}
-    flat = [
-        _flat({name: _told(result.config.get(name)) for name in QUERY_GROUPS + STUDENT_GROUPS}) for result in results
-    ]
-    for result, options in zip(results, flat, strict=True):
-        for name, value in options.items():
-            choice = result.choices.get(name.partition(".")[0], "")
-            chosen.setdefault(name, {}).setdefault(choice, set()).add(value)
-    names = [name for name, by in chosen.items() if name != "seed" and any(len(values) > 1 for values in by.values())]
-    return {name: [options.get(name, UNKNOWN) for options in flat] for name in names}
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, str]:
-    """The leaves of a config by their dotted names, as text."""
-    if isinstance(node, dict):
-        leaves: dict[str, str] = {}
-        for name, child in node.items():
-            leaves |= _flat(child, f"{prefix}.{name}" if prefix else str(name))
-        return leaves
-    return {prefix: UNKNOWN if node is None else str(node)}
+    return [str(one) for one in warnings(comparison.frame, comparison.judge, curves(comparison))]
 
 
 def show_runs(places: list[Path]) -> None:
-    """Print the comparing table of the finished runs at or below these folders."""
-    runs = load_runs(places)
-    if not runs:
-        raise DistillError(f"no result.json under {', '.join(map(str, places))}; make a run first", "report")
-    _console().print(comparison(runs))
+    """Print the comparing table of the finished runs at or below these folders, one row a run."""
+    show(compare(places), single=True)
 
 
 def show_result(run_dir: Path) -> None:
     """Print the small table at the end of a run, where it lies and what to try next."""
     result = Result.load(run_dir / "result.json")
+    measured = numbers(result)
     title = f"{result.choices['attack']} vs {result.choices['defense']} on {result.choices['data']}"
     if SWEEP_FILE in os.environ:  # a sweep ends with one table for all
-        log.info("%s: agreement %s (%s)", title, _number("agreement", result), _short(run_dir))
+        agreement = tables.plain(measured.get("fidelity/agreement"), "fidelity/agreement")
+        log.info("%s: agreement %s (%s)", title, agreement, _short(run_dir))
         return
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    for name in NUMBERS:
-        if (number := _number(name, result)) != UNKNOWN:
-            table.add_row(name, number)
+    for name, column in tables.NUMBERS.items():
+        if column in measured:
+            table.add_row(name, tables.plain(measured[column], column))
     table.add_row("teacher forwards", f"{result.cost['teacher_forwards']:,}")
     for who, size in result.sizes.items():
         if size["parameters"] is not None:
@@ -281,14 +156,163 @@ def _console() -> Console:
     return Console(highlight=False, force_terminal=terminal, no_color=not terminal, width=None if terminal else 240)
 
 
+# --- into files -----------------------------------------------------------------------------------------------------
+
+
+def _file(name: str) -> Path:
+    """Raises `DistillError` where no file of that name can be."""
+    path = Path(name)
+    if path.is_dir() or not path.parent.is_dir():
+        raise DistillError(f"{path} is no place for a file; a FILTER goes before the options", "report")
+    return path
+
+
+def _write(text: str, name: str) -> None:
+    """To a file, or with "-" to standard output."""
+    if name == "-":
+        sys.stdout.write(text)
+    else:
+        write_atomically(_file(name), text)
+
+
+def markdown(comparison: Comparison, single: bool = False) -> str:
+    """All tables, and the warnings as a list."""
+    parts = [f"# {comparison.title}", *_headline(comparison)]
+    parts += [table.markdown() for table in _tables(comparison, single)]
+    if warnings := _warnings(comparison):
+        parts.append("\n".join(f"- {warning}" for warning in warnings))
+    return "\n\n".join([*parts, made(comparison)]) + "\n"
+
+
+def latex(comparison: Comparison, single: bool = False) -> str:
+    """All tables as floats; they need ``\\usepackage{booktabs}``."""
+    return "\n\n".join(table.latex() for table in _tables(comparison, single)) + "\n"
+
+
+def made(comparison: Comparison) -> str:
+    """One line on where the numbers are from."""
+    of = comparison.made
+    commit = ", ".join(f"`{name[:12]}`" for name in of["commit"].split(", "))
+    dirty = " with uncommitted changes" if of["dirty"] else ""
+    return f"<sub>commit {commit}{dirty} · {of['hardware']} · {of['date']}</sub>"
+
+
+def tidy(comparison: Comparison) -> pd.DataFrame:
+    """The frame for other programs: one row a run, one value a cell."""
+    frame = comparison.frame
+    return frame.assign(flags=frame["flags"].map("; ".join))
+
+
+MARKERS = re.compile(r"(<!-- benchmark: (\S+)(?: (\S+))? -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
+
+
+def update_readme(path: Path) -> list[str]:
+    """Make what stands between ``<!-- benchmark: NAME [FIGURE] -->`` and ``<!-- /benchmark -->`` anew from
+    results/NAME beside it: what it comes to, the table, the figure (drawn into that folder), and where all is from.
+
+    Returns:
+        The names of the benchmarks.
+
+    Raises:
+        DistillError: There are no such marks, no such benchmark, or no such figure.
+    """
+    from distill import figures
+
+    def block(found: re.Match[str]) -> str:
+        start, name, wanted, end = found.groups()
+        folder = path.parent / RESULTS / name
+        comparison = compare([folder])
+        drawn = [file.stem for file in figures.export(comparison, folder) if file.suffix == ".svg"]
+        if wanted and wanted not in drawn:
+            raise DistillError(f"{name} has no figure '{wanted}'.{nearest(wanted, drawn)}", "report")
+        parts = [" ".join(_headline(comparison)), tables.headline(comparison).markdown()]
+        for figure in [wanted] if wanted else drawn[:1]:
+            parts.append(f"![{comparison.title}]({(RESULTS / name).as_posix()}/{figure}.svg)")
+        parts.append(made(comparison))
+        return start + "\n" + "\n\n".join(parts) + "\n\n" + end
+
+    text = path.read_text()
+    names = [name for _, name, _, _ in MARKERS.findall(text)]
+    if not names:
+        raise DistillError(f"{path} has no <!-- benchmark: NAME --> … <!-- /benchmark -->", "report")
+    write_atomically(path, MARKERS.sub(block, text))
+    return names
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m distill.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("places", nargs="*", type=Path, default=[Path("outputs")], metavar="FOLDER")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    add = parser.add_argument
+    add("filters", nargs="*", metavar="FILTER", help="a folder (outputs/ by default), or key=value[,value] to keep: an "
+        "axis, a group's choice, seed, or an option such as defense.beta")  # fmt: skip
+    add("--runs", action="store_true", help="one row a run, in place of one for all seeds of an arm")
+    add("--markdown", nargs="?", const="-", metavar="PATH", help="the tables in Markdown")
+    add("--latex", nargs="?", const="-", metavar="PATH", help="the tables in LaTeX (booktabs)")
+    add("--csv", metavar="PATH", help="one line a run, all numbers")
+    add("--parquet", metavar="PATH", help="the same, typed")
+    add("--html", metavar="PATH", help="one self-contained page: tables and figures")
+    add("--readme", nargs="?", const="README.md", metavar="PATH", help="renew the tables between the benchmark marks")
+    add("--check", nargs="*", metavar="EXPERIMENT", help="compare with the values that experiments state: exits with "
+        "1 if one is outside of its interval, else with 3 if one was not run")  # fmt: skip
+    add("--tracker", metavar="NAME", help="send finished runs and their summary to a tracker")
+    add("--wandb", action="store_const", const="wandb", dest="tracker", help="the same as --tracker wandb")
+    arguments = parser.parse_intermixed_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with one_line_errors():
-        show_runs(arguments.places)
+        sys.exit(_run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    places, where = _filters(arguments.filters)
+    if arguments.readme:
+        for name in update_readme(_file(arguments.readme)):
+            log.info("%s: %s", arguments.readme, name)
+        return 0
+    if arguments.check is not None:
+        from distill.stated import check
+
+        table, code = check(places or [OUTPUTS, RESULTS], arguments.check)
+        console = _console()
+        console.print(*table.rich(console.width))
+        return code
+    comparison, single = compare(places or [OUTPUTS], where), arguments.runs
+    if arguments.markdown:
+        _write(markdown(comparison, single), arguments.markdown)
+    if arguments.latex:
+        _write(latex(comparison, single), arguments.latex)
+    if arguments.csv:
+        _write(tidy(comparison).to_csv(index=False), arguments.csv)
+    if arguments.parquet:
+        tidy(comparison).to_parquet(_file(arguments.parquet), index=False)
+    if arguments.html:
+        from distill.page import write_page
+
+        write_page(comparison, _file(arguments.html))
+    if arguments.tracker:
+        from distill.trackers.push import push
+
+        pushed = push(comparison, tracker=arguments.tracker)
+        log.info("%s", pushed)
+        if pushed.failed:
+            return 1
+    if not any(vars(arguments)[name] for name in ("markdown", "latex", "csv", "parquet", "html", "tracker")):
+        show(comparison, single)
+    return 0
+
+
+def _filters(words: list[str]) -> tuple[list[Path], dict[str, list[str]]]:
+    """Folders, and what the runs there have to match."""
+    places, where = [], {}
+    for word in words:
+        key, equals, values = word.partition("=")
+        if equals and not Path(word).exists():
+            where[key] = values.split(",")
+        else:
+            places.append(Path(word))
+    return places, where
 
 
 if __name__ == "__main__":

@@ -38,11 +38,10 @@ class Tracking:
     @classmethod
     def open(cls, config: Any, run_dir: Path, choices: Mapping[str, str]) -> Tracking:
         """The tracking that a run's config asks for, with the flat scalars by which trackers group."""
-        scalars = {name: choices[name] for name in QUERY_GROUPS + STUDENT_GROUPS if name in choices}
-        scalars |= {"budget_queries": config.budget.queries, "budget_usd": config.budget.usd, "seed": config.seed}
-        nested = {"config": OmegaConf.to_container(config, resolve=True)}
+        plain = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(plain, dict)
         tracker = build(config.tracker, "tracker")
-        return cls(tracker, run_dir, run_id(config), choices.get("experiment", "train"), scalars | nested)
+        return cls(tracker, run_dir, run_id(config), group(choices), scalars(plain, choices) | {"config": plain})
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row (JSON-able, flat)."""
@@ -64,3 +63,15 @@ class Tracking:
         except Exception as error:  # whatever a tracker does, the experiment is worth more
             log.warning("tracker %s failed and is left out: %s", type(self._tracker).__name__, error)
             self._tracker = None
+
+
+def scalars(config: Mapping[Any, Any], choices: Mapping[str, str]) -> dict[str, Any]:
+    """What trackers group runs by: the option chosen of each group, budgets and seed, side by side."""
+    found: dict[str, Any] = {name: choices[name] for name in QUERY_GROUPS + STUDENT_GROUPS if name in choices}
+    budget = {f"budget_{name}": config["budget"].get(name) for name in ("queries", "usd", "tokens")}
+    return found | budget | {"seed": config["seed"]}
+
+
+def group(choices: Mapping[str, str]) -> str:
+    """What a run is one of: the benchmark, or the experiment."""
+    return choices.get("benchmark") or choices.get("experiment", "train")

@@ -65,6 +65,7 @@ def extract(config: Any, run_dir: Path, choices: dict[str, str]) -> None:
             export(experiment, transfer_set)
             link(queries, run_dir)
             cost["train_seconds"] = student.history["seconds"]
+            cost["recovery_seconds"] = student.history.get("recovery_seconds", 0.0)
             result = measure(experiment, student, transfer_set, cost, run_dir)
             result.curve = curve
             result.cost["seconds"] = time.monotonic() - started

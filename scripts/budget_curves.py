@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from distill.records import Result
-from distill.report import load_runs
+from distill.results import asked, load_runs
 
 METRICS = {"fidelity/agreement": "agreement with the teacher", "student/accuracy": "accuracy"}
 CONTROLS = ("ground_truth_labels", "weaker_model_labels", "self_taught", "random_labels", "no_teacher")
@@ -42,12 +42,7 @@ def points(result: Result, track: str) -> list[dict[str, Any]]:
     """The rows of one run's curve, by queries. An attack without a student of its own has track A's."""
     if track == "B" and result.tracks["B"]["own"]:
         return result.tracks["B"]["curve"]
-    return [*result.curve, {"cost/queries": budget(result), **result.tracks["A"]}]
-
-
-def budget(result: Result) -> int:
-    """What was asked, or would have been: controls are drawn where their queries are."""
-    return int(result.cost["queries"] or result.config["budget"]["queries"])
+    return [*result.curve, {"cost/queries": asked(result), **result.tracks["A"]}]
 
 
 def summary(results: list[Result], track: str) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from distill.records import Reveals
 
 
 def test_help_lists_every_option_and_loads_no_torch() -> None:
-    for module in ("train", "query", "report", "evaluate", "audit"):
+    for module in ("train", "query", "report", "evaluate", "audit", "benchmark"):
         code = (
             f"import sys; sys.argv = ['x', '--help']\nfrom distill.{module} import main\n"
             "try:\n    main()\nexcept SystemExit:\n    pass\n"
@@ -26,8 +26,11 @@ def test_help_lists_every_option_and_loads_no_torch() -> None:
         assert done.returncode == 0, done.stderr
         if module in ("train", "query"):
             for path in CONFIG_DIR.glob("*/*.yaml"):
-                if path.parent.name not in ("hydra", "accelerate"):
+                if path.parent.name not in ("hydra", "accelerate", "benchmark"):
                     assert f"\n  {path.stem} " in done.stdout, path
+        if module == "benchmark":
+            for path in [*CONFIG_DIR.glob("benchmark/*.yaml"), *CONFIG_DIR.glob("launch/*.yaml")]:
+                assert f"\n  {path.stem} " in done.stdout, path
         assert f"distill.{module}" in done.stdout
 
 

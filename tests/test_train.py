@@ -23,7 +23,8 @@ from distill.records import RESULT_SCHEMA, Result
 TWO_PROCESSES = CONFIG_DIR / "accelerate" / "two_processes.yaml"
 QUICK = ["+experiment=quickstart", "budget.queries=200", "curve=[0.5]", "training.epochs=12", "run.progress=false"]
 # Wall-clock and effort, which differ from run to run; everything else of a result is the same.
-CLOCK = {"seconds", "query_seconds", "train_seconds", "evaluation_seconds", "latency_s", "teacher_forwards"}
+CLOCK = {"seconds", "query_seconds", "recovery_seconds", "train_seconds", "evaluation_seconds", "latency_s"}
+CLOCK |= {"teacher_forwards"}
 
 
 def result_of(cwd: Path, pattern: str = "*/*") -> dict[str, Any]:

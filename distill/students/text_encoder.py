@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import zlib
 from functools import cache
-from itertools import islice
 
 import numpy as np
 import torch
@@ -72,8 +71,8 @@ class TextEncoder:
 
         tokens = np.zeros((len(texts), self.max_length), dtype=np.int32)
         for i, text in enumerate(texts):
-            words = [bucket(match.group()) for match in islice(_WORD.finditer(text.lower()), self.max_length)]
-            tokens[i, : len(words)] = words
+            words = _WORD.findall(text.lower())[: self.max_length]
+            tokens[i, : len(words)] = [bucket(word) for word in words]
         return {"tokens": torch.from_numpy(tokens)}
 
 

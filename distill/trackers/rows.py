@@ -28,3 +28,9 @@ def flat(result: Result) -> dict[str, float]:
     for section, row in (("fidelity", result.fidelity), ("utility", result.utility), ("cost", result.cost)):
         numbers |= {f"{section}/{name}": value for name, value in row.items()}
     return numbers
+
+
+def cells(frame: Any) -> list[list[Any]]:
+    """The rows of a ``pandas.DataFrame`` as plain values: None where there is none, a list as text."""
+    rows = frame.astype(object).where(frame.notna(), None).to_numpy().tolist()
+    return [[", ".join(map(str, value)) if isinstance(value, list) else value for value in row] for row in rows]
