@@ -237,13 +237,11 @@ def digest(value: Any, length: int = 8) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()[:length]
 
 
-def _select(config: Any, groups: tuple[str, ...]) -> dict[str, Any]:
-    return {"schema": IDENTITY_SCHEMA} | {group: identity(config[group]) for group in groups}
-
-
-def query_id(config: Any) -> str:
-    """Identifies a transfer set: everything that the answers depend on."""
-    return digest(_select(config, QUERY_GROUPS + (LEARNER_GROUPS if _adapts(config["attack"]) else ())))
+def query_id(config: Any, identify: Callable[[Any], Any] = identity) -> str:
+    """Identifies a transfer set: everything that the answers depend on. `identify` may remember what `identity` says of
+    a node."""
+    groups = QUERY_GROUPS + (LEARNER_GROUPS if _adapts(config["attack"]) else ())
+    return digest({"schema": IDENTITY_SCHEMA} | {group: identify(config[group]) for group in groups})
 
 
 def _adapts(attack: Any) -> bool:
@@ -257,9 +255,10 @@ def _adapts(attack: Any) -> bool:
     return any(_adapts(attack[name]) for name in attack)
 
 
-def run_id(config: Any) -> str:
+def run_id(config: Any, identify: Callable[[Any], Any] = identity) -> str:
     """Identifies a run: everything that its result depends on."""
-    return digest(_select(config, QUERY_GROUPS + STUDENT_GROUPS))
+    groups = QUERY_GROUPS + STUDENT_GROUPS
+    return digest({"schema": IDENTITY_SCHEMA} | {group: identify(config[group]) for group in groups})
 
 
 OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True)

@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_model, save_model
 
 from distill import transfer
@@ -697,7 +697,9 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def described(node: Any) -> str:
     """A config node as text, with the contents of the files that it names."""
-    return json.dumps([OmegaConf.to_container(node, resolve=True), identity(node)])
+    if isinstance(node, DictConfig):
+        node = OmegaConf.to_container(node, resolve=True)
+    return json.dumps([node, identity(node)])
 
 
 @lru_cache(maxsize=1)

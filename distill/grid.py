@@ -10,8 +10,13 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
+import multiprocessing
+import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +25,12 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.config import CONFIG_DIR, QUERY_GROUPS, STUDENT_GROUPS, Config, query_id, run_id
+from distill.config import CONFIG_DIR, QUERY_GROUPS, STUDENT_GROUPS, Config, identity, query_id, run_id
 from distill.errors import DistillError, Incompatible, nearest
 from distill.launch import options
 
 SEED = "seed"
+FEW = 6  # compositions that are not worth another process
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,7 @@ class Grid:
     def __post_init__(self) -> None:
         self._compositions: dict[tuple[str, ...], Composed] = {}
         self._changes: dict[tuple[str, ...], Composed] = {}
+        self._identities: dict[int, tuple[Any, Any]] = {}
         if not self.axes:
             raise DistillError("names what is varied, such as {defense: [none, rounding], seed: [0, 1, 2]}", "axes")
         for combination in self.skip:
@@ -144,7 +151,14 @@ class Grid:
         name = re.sub(r"\$\{hydra:runtime\.choices\.(\w+)\}", lambda found: choices[found[1]], made.name)
         config = made.nodes | {"name": name}
         overrides = tuple(itertools.chain(self.base, *parts))
-        return Cell(at, control, overrides, config, choices, run_id(config), query_id(config), name)
+        run, query = run_id(config, self._identify), query_id(config, self._identify)
+        return Cell(at, control, overrides, config, choices, run, query, name)
+
+    def _identify(self, node: Any) -> Any:
+        """`identity` of a node that many cells share."""
+        if id(node) not in self._identities:
+            self._identities[id(node)] = node, identity(node)  # held, so that nothing else gets its id
+        return self._identities[id(node)][1]
 
     # --- composing --------------------------------------------------------------------------------------------------
 
@@ -210,6 +224,21 @@ class Grid:
         assert isinstance(changed, dict)
         return replace(base, nodes=base.nodes | {key: changed[key] for key in roots})
 
+    @contextmanager
+    def _composed_ahead(self) -> Iterator[None]:
+        """Compose what will be asked of Hydra in other processes, while this one does something else."""
+        base = self._compose(())
+        values = {overrides for axis in self.values.values() for overrides in axis.values()} - {()}
+        needed = [] if base.whole else [overrides for overrides in values if self._set(overrides) is None]
+        if sys.platform != "linux" or len(needed) < FEW:
+            yield
+            return
+        forks = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(min(len(needed), os.cpu_count() or 1), forks) as pool:
+            composed = pool.map(self._by_hydra, needed)
+            yield
+            self._compositions.update(zip(needed, composed, strict=True))
+
     def _by_hydra(self, overrides: tuple[str, ...]) -> Composed:
         from hydra import compose
 
@@ -241,7 +270,8 @@ class Grid:
         Raises:
             DistillError: A cell has a wrong option.
         """
-        from distill.experiment import check
+        with self._composed_ahead():
+            from distill.experiment import check
 
         reasons: dict[tuple[Any, ...], str] = {}
         found = []
@@ -251,7 +281,7 @@ class Grid:
             parts = (*(id(cell.config[group]) for group in groups), *limits)
             if parts not in reasons:
                 try:
-                    check(cell.full_config, cell.choices)
+                    check(_Node.of(cell.config), cell.choices)
                     reasons[parts] = ""
                 except Incompatible as error:
                     reasons[parts] = str(error)
@@ -260,6 +290,20 @@ class Grid:
                     raise DistillError(f"{error} (the cell of {cell.control or where})", "axes") from None
             found.append(replace(cell, reason=reasons[parts]))
         return found
+
+
+class _Node(dict[str, Any]):
+    """A configuration of plain values, read as one of Hydra's is; making thousands of those takes long."""
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> _Node:
+        return cls({key: cls(node) if isinstance(node, dict) else node for key, node in config.items()})
+
+    def __getattr__(self, key: str) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            raise AttributeError(key) from None
 
 
 def values_of(axis: str, spec: Any, folders: Sequence[Path] = (CONFIG_DIR,)) -> dict[str, tuple[str, ...]]:

@@ -153,7 +153,10 @@ def _short(path: Path) -> Path:
 def _console() -> Console:
     """Piped into a file or a notebook, whatever these say of colours, a table is plain and not folded to 80 columns."""
     terminal = sys.stdout.isatty()
-    return Console(highlight=False, force_terminal=terminal, no_color=not terminal, width=None if terminal else 240)
+    width = None if terminal else 240
+    return Console(
+        highlight=False, markup=False, emoji=False, force_terminal=terminal, no_color=not terminal, width=width
+    )
 
 
 # --- into files -----------------------------------------------------------------------------------------------------
@@ -260,22 +263,23 @@ def main() -> None:
     add("--tracker", metavar="NAME", help="send finished runs and their summary to a tracker")
     add("--wandb", action="store_const", const="wandb", dest="tracker", help="the same as --tracker wandb")
     arguments = parser.parse_intermixed_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with one_line_errors():
         sys.exit(_run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    places, where = _filters(arguments.filters)
+    console, (places, where) = _console(), _filters(arguments.filters)
+    if where and (arguments.readme or arguments.check is not None):
+        raise DistillError(f"--readme and --check compare what they name; leave out {' '.join(where)}", "report")
     if arguments.readme:
-        for name in update_readme(_file(arguments.readme)):
-            log.info("%s: %s", arguments.readme, name)
+        names = update_readme(_file(arguments.readme))
+        console.print(f"{arguments.readme}: {', '.join(names)}")
         return 0
     if arguments.check is not None:
         from distill.stated import check
 
         table, code = check(places or [OUTPUTS, RESULTS], arguments.check)
-        console = _console()
         console.print(*table.rich(console.width))
         return code
     comparison, single = compare(places or [OUTPUTS], where), arguments.runs
@@ -295,7 +299,7 @@ def _run(arguments: argparse.Namespace) -> int:
         from distill.trackers.push import push
 
         pushed = push(comparison, tracker=arguments.tracker)
-        log.info("%s", pushed)
+        console.print(str(pushed), soft_wrap=True)
         if pushed.failed:
             return 1
     if not any(vars(arguments)[name] for name in ("markdown", "latex", "csv", "parquet", "html", "tracker")):

@@ -159,6 +159,8 @@ def _compare_cells(path: Path, where: dict[str, list[str]]) -> Comparison:
             raise DistillError(f"{path} has schema {manifest['schema']}; this version reads {MANIFEST_SCHEMA}")
         axes = {name: [*map(str, values)] for name, values in manifest["axes"].items() if name != "seed"}
         judge = Judge(**manifest["judge"] | {"over": tuple(manifest["judge"]["over"])})
+        if judge.per not in axes:
+            raise ValueError(f"it judges {judge.per}, which is no axis")
         runs, missing = _cells(path.parent, manifest["cells"], axes)
         about = manifest["name"], manifest["title"], manifest["made"]
     except (ValueError, KeyError, TypeError) as error:
@@ -175,7 +177,9 @@ def _compare_cells(path: Path, where: dict[str, list[str]]) -> Comparison:
     axes = {axis: [value for value in values if value in there[axis]] for axis, values in axes.items()}
     name, title, made = about
     results = {str(folder): result for folder, result, _, _ in runs}
-    return Comparison(name, title, axes, _frame(runs), judge, missing.reset_index(drop=True), made, results, True)
+    return Comparison(
+        name, title, axes, _frame(runs), judge, missing.reset_index(drop=True), made, results, benchmark=True
+    )
 
 
 def _cells(home: Path, cells: list[dict[str, Any]], axes: Iterable[str]) -> tuple[list[Run], pd.DataFrame]:

@@ -95,12 +95,14 @@ def check(places: Sequence[Path], experiments: Sequence[str]) -> tuple[Table, in
     rows, codes = [], {0}
     for one in found:
         wanted = _student(leaves(_composed(one.experiment, one.overrides)))
-        measured = {
-            result.seed: numbers(result).get(one.metric)
-            for result, own in zip(results, options, strict=True)
-            if (one.seeds is None or result.seed in one.seeds) and _same(own, wanted)
-        }
-        mean, verdict, code = _judged(one, [value for value in measured.values() if value is not None])
+        measured = {}
+        for result, own in zip(results, options, strict=True):
+            if (one.seeds is None or result.seed in one.seeds) and _same(own, wanted):
+                if one.metric not in (found_there := numbers(result)):
+                    hint = nearest(one.metric, found_there)
+                    raise DistillError(f"runs have no '{one.metric}'.{hint}", f"experiment/{one.experiment}")
+                measured[result.seed] = found_there[one.metric]
+        mean, verdict, code = _judged(one, [*measured.values()])
         codes.add(code)
         interval = with_interval(one.value, one.value - one.half, one.value + one.half) if one.half else ""
         what = [one.experiment, " ".join(one.overrides) or "–", one.metric, one.kind, interval or f"{one.value:g}"]

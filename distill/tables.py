@@ -18,7 +18,7 @@ from rich.table import Table as RichTable
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
 from distill import statistics
-from distill.figures import titled, whole
+from distill.figures import narrowed, titled
 from distill.results import BEYOND, RATIOS, UNKNOWN, Comparison
 
 # Columns of the plain table: title -> column of `Comparison.frame`.
@@ -159,14 +159,10 @@ def runs(comparison: Comparison, single: bool = False) -> Table:
     shown = arms if frame["control"].any() else arms[1:]
     if single or not frame.duplicated(arms).any():
         head = [*shown, *(["seed"] if frame["seed"].nunique() > 1 else [])]
-        rows = [
-            [
-                *(str(row[name]) or UNKNOWN for name in head),
-                *(plain(row[c], c) for c in columns.values()),
-                Path(row["folder"]).stem,
-            ]
-            for row in frame.to_dict("records")
-        ]
+        rows = []
+        for row in frame.to_dict("records"):
+            measured = [plain(row[column], column) for column in columns.values()]
+            rows.append([*(str(row[name]) or UNKNOWN for name in head), *measured, Path(row["folder"]).stem])
         return Table("", [*head, *columns, "run"], rows, len(head), [counted(frame)])
     means = {column: _means(frame, arms, column) for column in columns.values()}
     seeds = frame.groupby(arms, sort=False)["seed"].nunique().reset_index()
@@ -207,16 +203,13 @@ def judged(comparison: Comparison) -> list[Table]:
 
 
 def headline(comparison: Comparison) -> Table:
-    """What is judged against the first and the worst attacker, of the last combination: the largest budget."""
-    return _combinations(comparison)[-1].first()
+    """What is judged, against the first and the worst attacker, at the largest budget."""
+    (one,) = _combinations(narrowed(comparison)[0])
+    return one.first()
 
 
 def _combinations(comparison: Comparison) -> list[_Judged]:
-    judge, missing = comparison.judge, comparison.missing
-    if judge.per not in comparison.axes:  # all runs are of one value
-        comparison = whole(comparison)
-        missing = missing.assign(**{judge.per: comparison.axes[judge.per][0]})
-    axes = comparison.axes
+    judge, axes, missing = comparison.judge, comparison.axes, comparison.missing
     outer = [axis for axis in axes if axis not in (judge.per, *judge.over)]
     found = []
     for values in product(*(axes[axis] for axis in outer)):

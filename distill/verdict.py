@@ -40,9 +40,9 @@ def judged(comparison: Comparison) -> pd.DataFrame:
     table["mean"] = table["mean"].fillna(table.largest)
     naive = comparison.frame[figures.naive(comparison)]
     table = added(table, statistics.summarise(naive, [per], student), "naive")
-    if judge.baseline in set(frame[per]):
-        readings = statistics.worst_readings(frame, per, over, student)
-        pairs = statistics.paired(readings if len(readings) else frame, [per], student, per, judge.baseline)
+    readings = statistics.worst_readings(frame, per, over, student)
+    if judge.baseline in set(readings[per]):
+        pairs = statistics.paired(readings, [per], student, per, judge.baseline)
         table = added(table, pairs.rename(columns={"difference": "mean"}), "difference", "p_holm")
     else:
         table = table.assign(**{f"difference {part}": np.nan for part in PARTS}, p_holm=np.nan)
@@ -64,12 +64,20 @@ def number(row: Mapping[str, Any] | pd.Series, name: str, column: str) -> str:
     return with_interval(mean, low, high, column, "+" if name == "difference" else "").replace("-", "−")
 
 
+def uneven(comparison: Comparison) -> bool:
+    """Whether some of what is judged met other attackers than the rest, which makes worst cases hard to compare. A
+    benchmark says why; of runs that somebody left in a folder nobody knows."""
+    frame = comparison.frame[comparison.frame.control == ""]
+    met = figures.arms(frame, list(comparison.judge.over)).groupby(frame[comparison.judge.per]).agg(frozenset)
+    return met.nunique() > 1
+
+
 def headline(comparison: Comparison, table: pd.DataFrame) -> list[Markup]:
     """The answer in a few sentences, worded from the numbers of `judged`: what holds best and at which cost, or that
-    nothing measurably does. Names are escaped."""
+    nothing measurably does. Nothing is said of runs in a folder that are `uneven`. Names are escaped."""
     judge = comparison.judge
     base, others = table[table[judge.per] == judge.baseline], table[table[judge.per] != judge.baseline]
-    if others.empty or others["mean"].isna().all():
+    if others.empty or others["mean"].isna().all() or (uneven(comparison) and not comparison.benchmark):
         return []
     defenses = judge.per == "defense"
     best = others.iloc[0] if defenses or base.empty else table.iloc[0]

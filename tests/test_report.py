@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -164,16 +163,6 @@ def test_several_axes_of_attackers_lie_down_and_budgets_make_tables_of_their_own
     assert [row[:2] for row in differences.rows] == [["mad 0.5", "a"], ["mad 0.5", "b"]]
 
 
-def test_what_is_judged_need_not_have_been_varied(tmp_path: Path) -> None:
-    found = compare([benchmark(tmp_path)])
-    axes = {"recovery": found.axes["recovery"]}
-    frame = found.frame[found.frame["defense"] != "mad 0.5"].drop(columns="defense")
-    missing = found.missing.drop(columns="defense")
-    (students,) = judged(replace(found, axes=axes, frame=frame, missing=missing))
-    assert [row[0] for row in students.rows] == ["none", "control: ground truth"]
-    assert students.rows[0][-1] == "failed"
-
-
 def test_one_seed_has_a_worst_case_without_an_interval(tmp_path: Path) -> None:
     students, differences = judged(compare([benchmark(tmp_path)], {"seed": ["1"]}))
     assert students.rows[1][3:5] == ["0.8700", "top-1"]
@@ -220,6 +209,13 @@ def test_a_narrow_terminal_gets_several_tables_and_every_cell(
             assert cell in out
 
 
+def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    report._console().print(*Table("[b]", ["[/c]"], [["curve=[0.1] :smile:"]], 1, ["[/d]"]).rich(80))
+    assert [line.strip() for line in capsys.readouterr().out.split("\n") if line.strip(" ─")] == [
+        *("[b]", "[/c]", "curve=[0.1] :smile:", "[/d]")
+    ]
+
+
 def command(*words: str, monkeypatch: pytest.MonkeyPatch, cwd: Path) -> int:
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", ["report", *words])
@@ -256,6 +252,7 @@ def test_the_command_writes_what_is_asked_for(
         (["--markdown", "outputs"], "outputs is no place for a file"),
         (["--csv", "no/where.csv"], "no/where.csv is no place for a file"),
         (["--check", "quickstrat"], "no experiment 'quickstrat'. Did you mean 'quickstart'?"),
+        (["seed=0", "--check"], "--readme and --check compare what they name; leave out seed"),
         (["--readme", "R.md"], "R.md has no <!-- benchmark: NAME -->"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from finished_runs import AGREEMENT, UNTRAINED, benchmark, classified, finished, leave, truth
 
 from distill.errors import DistillError
-from distill.results import Judge, beyond_controls, compare, curves, load_runs, recovery_ratios, varied
+from distill.results import Judge, beyond_controls, compare, curves, load_runs, numbers, recovery_ratios, varied
 
 
 def test_the_recovery_ratio_is_that_of_its_formula() -> None:
@@ -112,6 +112,17 @@ def test_options_in_which_runs_of_one_choice_differ_are_named() -> None:
     follows = [finished(0.5, seed=s, sampling__seed=s) for s in (0, 1)]
     assert varied(follows) == {}, "and so has an inner seed that follows it"
     assert varied([*follows, finished(0.5, sampling__seed=7)]) == {"sampling.seed": ["0", "1", "7"]}
+
+
+def test_numbers_are_those_that_were_measured() -> None:
+    speechless = finished(0.5)
+    speechless.accuracy = {"student": {"perplexity": 9.0}}
+    speechless.cost |= {"tokens_in": 10, "tokens_out": 5}
+    assert numbers(speechless) == {**{f"cost/{n}": v for n, v in speechless.cost.items()}, "cost/tokens": 15}
+    own = {"own": True, "student/accuracy": 0.8125, "curve": []}
+    found = numbers(classified(0.75, tracks={"A": {}, "B": own}))
+    assert (found["accuracy/student"], found["own/student/accuracy"]) == (0.75, 0.8125)
+    assert "cost/tokens" not in found
 
 
 def test_runs_are_found_at_and_below_folders_and_damage_is_named(
@@ -254,6 +265,10 @@ def test_benchmarks_are_read_one_at_a_time_and_whole(tmp_path: Path) -> None:
     manifest = json.loads((home / "benchmark.json").read_text())
     (home / "benchmark.json").write_text(json.dumps(manifest | {"schema": 2}))
     with pytest.raises(DistillError, match="schema 2"):
+        compare([home])
+    manifest["judge"]["per"] = "defence"
+    (home / "benchmark.json").write_text(json.dumps(manifest))
+    with pytest.raises(DistillError, match="judges defence, which is no axis"):
         compare([home])
     del manifest["judge"]
     (home / "benchmark.json").write_text(json.dumps(manifest))

@@ -13,16 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distill.errors import BudgetExceeded, DistillError
 from distill.heads import Head, Sparse
 from distill.language import Prompts, Sampling, SyntheticSet
-from distill.provider.language_provider import LanguageProvider
 from distill.provider.provider import Provider, no_answers
 from distill.records import Answers, Cost, InputSpec, InterfaceProfile, Queries
+
+if TYPE_CHECKING:  # loads transformers, which half of the experiments do without
+    from distill.provider.language_provider import LanguageProvider
 
 JOIN_TIMEOUT_S = 5.0  # how long an interrupted run waits for the answer that is being made; what is paid for is stored
 
@@ -217,7 +219,7 @@ def _result(provider: Provider | LanguageProvider, name: str, arguments: Any) ->
         case "answer":
             # A copy: a view would lead to the array that it is a view of.
             return copy.deepcopy(provider.answer(*arguments))
-        case "score" if isinstance(provider, LanguageProvider):
+        case "score" if not isinstance(provider, Provider):
             return provider.score(*arguments)
         case "require":
             return provider.ledger.require(*arguments)

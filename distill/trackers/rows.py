@@ -23,7 +23,7 @@ def renamed(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def flat(result: Result) -> dict[str, float]:
     """The headline numbers: ``accuracy/student``, ``fidelity/agreement``, ``utility/l1_mean``, ``cost/queries`` …"""
-    numbers: dict[str, float] = {f"accuracy/{who}": row["accuracy"] for who, row in result.accuracy.items()}
+    numbers = {f"accuracy/{who}": row["accuracy"] for who, row in result.accuracy.items() if "accuracy" in row}
     numbers |= {f"calibration/{who}_{name}": v for who, row in result.calibration.items() for name, v in row.items()}
     for section, row in (("fidelity", result.fidelity), ("utility", result.utility), ("cost", result.cost)):
         numbers |= {f"{section}/{name}": value for name, value in row.items()}

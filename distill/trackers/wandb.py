@@ -44,7 +44,7 @@ class WandB:
         self.init_timeout_s, self.machine = init_timeout_s, machine
         self.where = ""
         self._run: Any = None
-        self._dir = Path()
+        self._dir, self._kept = Path(), False
 
     def start(self, run_dir: Path, run_id: str, group: str, config: Mapping[str, Any]) -> None:
         name = f"{config['attack']}-vs-{config['defense']}/s{config['seed']}"
@@ -72,7 +72,7 @@ class WandB:
                 self._run.log_artifact(artifact)
             self._run.config.update({"environment": asdict(result)["environment"]}, allow_val_change=True)
         self._run.finish(exit_code=0 if result is not None else 1)
-        if result is not None:
+        if result is not None and self._kept:
             Path(self._run.dir).with_name(WHOLE).touch()
 
     def held(self, folders: Mapping[str, Path]) -> set[str]:
@@ -116,7 +116,7 @@ class WandB:
         import wandb
 
         mode = self._mode()
-        self._dir = folder
+        self._dir, self._kept = folder, mode != "disabled"
         self._run = wandb.init(
             project=self.project,
             entity=self.entity,

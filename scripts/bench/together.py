@@ -2,12 +2,12 @@
 
     python scripts/bench/together.py [--students 3 8] [--repeats 3] [--epochs 2] [--only lenet]
 
-As in a grid over defenses: the same queries, initialisation and order of rows, other targets for each student. *grad* is
-``vmap(grad(loss))``; *sum* takes the gradient of the sum of all students' losses through a vmapped forward pass, which
-is the same for each. *own rows* is *sum* where each student has queries of its own, as in a grid over seeds. All of them
-take fused steps of the recipe's optimiser over stacked weights. "One after the other" is `Trainer.fit`, with all that it
-does besides. Ratios are of CPU seconds, alternating, one after the other ÷ together: more than 1 says that together is
-quicker. The largest relative difference of an epoch's mean loss says whether they learn the same.
+As in a grid over defenses: the same queries, initialisation and order of rows, other targets for each. *grad* is
+``vmap(grad(loss))``; *sum* takes the gradient of the sum of all losses through a vmapped forward pass, which is the
+same for each; *own rows* is *sum* where each student has queries of its own, as in a grid over seeds. All take fused
+steps of the recipe's optimiser over stacked weights. "One after the other" is `Trainer.fit`, with all that it does
+besides. Ratios are of CPU seconds, in turns, apart ÷ together: more than 1 says that together is quicker. The largest
+relative difference of an epoch's mean loss says whether they learn the same.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def together(task: Task, method: str) -> np.ndarray:
             if method == "grad":
                 gradients, losses = found
                 for name, weight in weights.items():
-                    weight.grad = gradients[name]
+                    weight.grad = gradients[name].contiguous()  # fused steps take another layout for this one
             else:
                 losses = found
                 losses.sum().backward()
@@ -132,12 +132,6 @@ def together(task: Task, method: str) -> np.ndarray:
             number += 1
         means.append((total / len(task.features)).numpy())
     return np.array(means)
-
-
-def timed(call: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    started = time.process_time()
-    result = call()
-    return time.process_time() - started, result
 
 
 def main() -> None:
@@ -166,9 +160,9 @@ def main() -> None:
                 losses = {}
                 for name in sorted(seconds, reverse=repeat % 2 == 1):
                     task = make(option, k, arguments.epochs, trainer)
-                    call = (lambda: apart(task, trainer)) if name == "apart" else (lambda: together(task, name))
-                    took, losses[name] = timed(call)
-                    seconds[name].append(took)
+                    started = time.process_time()
+                    losses[name] = apart(task, trainer) if name == "apart" else together(task, name)
+                    seconds[name].append(time.process_time() - started)
                 differences += [np.abs(losses[m] / losses["apart"] - 1).max() for m in methods]
             ratios = [[a / b for a, b in zip(seconds["apart"], seconds[m], strict=True)] for m in methods]
             shown = [f"{statistics.median(r):.2f} ({min(r):.2f} … {max(r):.2f})" for r in ratios]
@@ -176,9 +170,7 @@ def main() -> None:
             apart_s = statistics.median(seconds["apart"])
             table.add_row(option, str(k), str(batch), f"{apart_s:.2f}", *shown, f"{max(differences):.0e}")
     Console(width=150).print(table)
-    print(
-        f"n = {arguments.repeats} repeats, median (least … most); load {os.getloadavg()[0]:.1f}; torch {torch.__version__}"
-    )
+    print(f"n = {arguments.repeats}: median (least … most); load {os.getloadavg()[0]:.1f}; torch {torch.__version__}")
 
 
 if __name__ == "__main__":
