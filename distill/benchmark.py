@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 ATTEMPT = "attempt.json"  # in the folder of a cell that is being run, failed, or can't be
 POLL_S = 0.5
+GOLDEN = (5**0.5 - 1) / 2  # its multiples lie evenly on a circle, however many they are
 DEATHS = 5  # of workers in a row, with no cell ended between them
 DONE, FAILED, NOT_APPLICABLE, OPEN = "done", "failed", "n/a", "open"
 
@@ -110,9 +111,16 @@ def run(config: Any) -> None:
     started, peak = time.time(), 0.0
     try:
         if config.worker is not None:
-            work(wanted, outputs, "launched", config.retries, config.threads or 1)
+            work(
+                in_order(wanted, config.judge.over),
+                config.worker,
+                outputs,
+                "launched",
+                config.retries,
+                config.threads or 1,
+            )
         else:
-            peak = work_together(wanted, outputs, config)
+            peak = work_together(in_order(wanted, config.judge.over), outputs, config)
     finally:
         write_manifest(config, grid, cells, outputs, folder, started, peak)
     if config.worker is None:
@@ -154,6 +162,16 @@ def chosen(cells: list[Cell], only: Any, grid: Grid) -> list[Cell]:
     return [cell for cell in cells if all(cell.at.get(axis) in {None, *values} for axis, values in wanted.items())]
 
 
+def in_order(cells: list[Cell], inner: Sequence[str]) -> list[Cell]:
+    """The cells so that those which differ on the `inner` axes alone follow one another: a process keeps what the
+    evaluations of one defense and seed share."""
+    blocks: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        outer = tuple(pair for pair in cell.at.items() if pair[0] not in inner)
+        blocks.setdefault((cell.control, outer), []).append(cell)
+    return [cell for block in blocks.values() for cell in block]
+
+
 # --- the state of a cell --------------------------------------------------------------------------------------------
 
 
@@ -192,12 +210,16 @@ def place(cell: Cell, outputs: Path) -> Path:
 # --- workers --------------------------------------------------------------------------------------------------------
 
 
-def work(cells: Sequence[Cell], outputs: Path, launch: str, retries: int, threads: int) -> None:
-    """Run cells, one after the other, until each is finished, failed or held by another worker that finishes it."""
+def work(cells: list[Cell], number: int, outputs: Path, launch: str, retries: int, threads: int) -> None:
+    """Run cells, one after the other, until each is finished, failed or held by another worker that finishes it.
+
+    Workers start far from one another, wherever their numbers end, so that they rarely share what others have begun.
+    """
     import torch
 
     torch.set_num_threads(threads)
-    left = list(cells)
+    start = round(len(cells) * (number * GOLDEN % 1))
+    left = cells[start:] + cells[:start]
     while left:
         left = [cell for cell in left if not State.of(cell, outputs).ended(launch, retries)]
         for cell in left:
@@ -331,7 +353,7 @@ def _worker(number: int, cells: list[Cell], outputs: Path, launch: str, retries:
     if cards > 1:  # a GPU each, as far as they go
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", str(number % cards))
     try:
-        work(cells, outputs, launch, retries, threads)
+        work(cells, number, outputs, launch, retries, threads)
     except KeyboardInterrupt:  # the process that started this one says so
         sys.exit(130)
 
@@ -439,7 +461,7 @@ def write_manifest(
     """`benchmark.json`: the axes, how it is judged, and where each cell's run lies."""
     rows: list[dict[str, Any]] = []
     made: dict[str, Any] = {}
-    train_s = work_s = 0.0
+    seconds = Counter[str]()
     for cell in cells:
         state, at = State.of(cell, outputs), place(cell, outputs)
         row = {
@@ -453,15 +475,14 @@ def write_manifest(
         if state.status == DONE:
             result = json.loads((at / "result.json").read_text())
             row["seconds"] = round(result["cost"]["seconds"], 2)
-            train_s += result["cost"]["train_seconds"]
-            work_s += result["cost"]["seconds"]
+            for name in ("seconds", "train_seconds", "recovery_seconds"):
+                seconds[name] += result["cost"].get(name, 0.0)
             made = made or _made(result["environment"])
         rows.append(row)
     before = json.loads((folder / MANIFEST).read_text())["made"] if (folder / MANIFEST).exists() else {}
     made |= {
         "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
-        "seconds": round(work_s, 1),
-        "train_seconds": round(train_s, 1),
+        **{name: round(total, 1) for name, total in seconds.items()},
         "peak_gib": round(max(peak, before.get("peak_gib", 0.0)), 2),
     }
     judge = OmegaConf.to_container(config.judge)

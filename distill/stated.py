@@ -95,13 +95,11 @@ def check(places: Sequence[Path], experiments: Sequence[str]) -> tuple[Table, in
     rows, codes = [], {0}
     for one in found:
         wanted = _student(leaves(_composed(one.experiment, one.overrides)))
-        measured = {}
-        for result, own in zip(results, options, strict=True):
-            if (one.seeds is None or result.seed in one.seeds) and _same(own, wanted):
-                if one.metric not in (found_there := numbers(result)):
-                    hint = nearest(one.metric, found_there)
-                    raise DistillError(f"runs have no '{one.metric}'.{hint}", f"experiment/{one.experiment}")
-                measured[result.seed] = found_there[one.metric]
+        measured = {
+            result.seed: _number(one, result)
+            for result, own in zip(results, options, strict=True)
+            if (one.seeds is None or result.seed in one.seeds) and _same(own, wanted)
+        }
         mean, verdict, code = _judged(one, [*measured.values()])
         codes.add(code)
         interval = with_interval(one.value, one.value - one.half, one.value + one.half) if one.half else ""
@@ -110,6 +108,14 @@ def check(places: Sequence[Path], experiments: Sequence[str]) -> tuple[Table, in
     columns = ["experiment", "with", "metric", "is", "stated", "measured", "seeds", ""]
     code = OUTSIDE if OUTSIDE in codes else max(codes)
     return Table("", columns, rows, 4, ["Measured: the mean over seeds ± half of the 95 % interval"]), code
+
+
+def _number(one: Stated, result: Result) -> float:
+    measured = numbers(result)
+    if one.metric not in measured:
+        hint = nearest(one.metric, measured)
+        raise DistillError(f"{result.run_id} has no '{one.metric}'.{hint}", f"experiment/{one.experiment}")
+    return measured[one.metric]
 
 
 def _judged(one: Stated, values: list[float]) -> tuple[str, str, int]:

@@ -30,7 +30,7 @@ END
 export OMP_NUM_THREADS=1
 mkdir "$folder/here" && cd "$folder/here"
 quietly python -m distill.train "${run[@]}" -m seed=0,1
-quietly python -m distill.benchmark "${grid[@]}" workers=1
+quietly python -m distill.benchmark "${grid[@]}" workers=1 threads=1
 numbers . >"$folder/expected"
 echo "one process: $(wc -l <"$folder/expected") runs"
 

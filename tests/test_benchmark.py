@@ -16,7 +16,19 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from distill.benchmark import ATTEMPT, DONE, FAILED, OPEN, BenchmarkConfig, State, chosen, expected, open_grid, price
+from distill.benchmark import (
+    ATTEMPT,
+    DONE,
+    FAILED,
+    OPEN,
+    BenchmarkConfig,
+    State,
+    chosen,
+    expected,
+    in_order,
+    open_grid,
+    price,
+)
 from distill.config import CONFIG_DIR, query_id, run_id
 from distill.errors import DistillError
 from distill.grid import Cell, Grid, values_of
@@ -145,6 +157,15 @@ def test_cells_whose_parts_do_not_fit_have_a_reason() -> None:
     wrong = {"defense": {"none": [], "odd": ["defense=rounding", "+defense.digits=1"]}, "seed": [0]}
     with pytest.raises(DistillError, match=r"has no option 'digits'.*the cell of defense odd"):
         Grid("some", BASE, wrong, {}).checked()
+
+
+def test_what_shares_an_evaluation_is_run_together() -> None:
+    axes = {"defense": ["none", "rounding"], "recovery": ["as_returned", "top1"], "seed": [0, 1]}
+    cells = in_order(Grid("some", BASE, axes, {"ground truth": "attack=ground_truth_labels"}).cells, ["recovery"])
+    told = [" ".join([*cell.at.values(), cell.control]) for cell in cells]
+    assert told[:4] == ["none as_returned 0 ", "none top1 0 ", "none as_returned 1 ", "none top1 1 "]
+    assert told[-2:] == ["0 ground truth", "1 ground truth"]
+    assert len(told) == 10
 
 
 def test_expected_time_and_money(tmp_path: Path) -> None:

@@ -365,6 +365,13 @@ def test_stated_values_are_checked_against_the_runs_of_that_very_configuration(
     assert (second[-1], second[-3]) == ("+0.250", "0.7500"), "a paper's number demands nothing"
 
 
+def test_a_metric_that_no_run_measures_is_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = stated.Stated("quickstart", "reproduced", (), "accuracy/studnt", 0.5, 0.1, None)
+    monkeypatch.setattr(stated, "stated", lambda path: [one])
+    with pytest.raises(DistillError, match=r"experiment/quickstart: .* has no 'accuracy/studnt'. Did you mean 'accu"):
+        stated.check([leave(tmp_path, classified(0.5))], ["quickstart"])
+
+
 def test_published_cells_count_as_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark(tmp_path, published=True)
     one = stated.Stated("quickstart", "reproduced", ("defense=none",), "fidelity/agreement", 0.91, 0.001, (0, 1, 2))
