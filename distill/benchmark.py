@@ -33,7 +33,7 @@ from omegaconf import MISSING, OmegaConf
 from distill.config import CONFIG_DIR
 from distill.errors import DistillError, Incompatible, nearest
 from distill.grid import SEED, Cell, Grid, values_of
-from distill.launch import explain, launch, options, write_atomically
+from distill.launch import SWEEP_FILE, explain, launch, note_run, options, write_atomically
 from distill.results import MANIFEST
 
 log = logging.getLogger(__name__)
@@ -109,20 +109,16 @@ def run(config: Any) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     started, peak = time.time(), 0.0
+    launch = os.environ.get(SWEEP_FILE, f"{os.getpid()}-{started:.0f}")  # the same for all workers of one launch
+    wanted = in_order(wanted, config.judge.over)
     try:
         if config.worker is not None:
-            work(
-                in_order(wanted, config.judge.over),
-                config.worker,
-                outputs,
-                "launched",
-                config.retries,
-                config.threads or 1,
-            )
+            work(wanted, config.worker, outputs, launch, config.retries, config.threads or 1)
         else:
-            peak = work_together(in_order(wanted, config.judge.over), outputs, config)
+            peak = work_together(wanted, outputs, launch, config)
     finally:
         write_manifest(config, grid, cells, outputs, folder, started, peak)
+    note_run(folder)  # of several workers' table, at the end of all
     if config.worker is None:
         from distill.report import show_runs
 
@@ -299,14 +295,13 @@ def logged(path: Path) -> Iterator[None]:
 # --- several workers on this machine --------------------------------------------------------------------------------
 
 
-def work_together(cells: list[Cell], outputs: Path, config: Any) -> float:
+def work_together(cells: list[Cell], outputs: Path, launch: str, config: Any) -> float:
     """Run the cells in processes of this machine, whatever becomes of one of these, and show how far it is.
 
     Returns the largest memory that the processes held together, in GiB.
     """
     from tqdm.auto import tqdm
 
-    launch = f"{os.getpid()}-{time.time():.0f}"
     todo = [cell for cell in cells if not State.of(cell, outputs).ended(launch, config.retries)]
     if not todo:
         return 0.0
