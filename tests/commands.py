@@ -24,7 +24,8 @@ from distill.train import main
 # the tests, and every command is a fork of it; elsewhere, where a fork may crash, a command is a new interpreter.
 PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 if sys.platform == "linux":
-    entry_points = [f"distill.{name}" for name in ("train", "query", "evaluate", "report", "audit", "benchmark", "experiment")]
+    named = ("train", "query", "evaluate", "report", "audit", "benchmark", "experiment")
+    entry_points = [f"distill.{name}" for name in named]
     heavy = ["torch._dynamo", "datasets", "pandas", "sklearn.datasets", "tabulate", "rouge_score.rouge_scorer"]
     heavy += ["transformers.models.llama.modeling_llama", "distill.language_experiment"]
     PROCESSES.set_forkserver_preload(["pytest", *entry_points, *heavy])
