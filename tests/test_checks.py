@@ -203,6 +203,8 @@ def test_what_is_not_paired_is_told() -> None:
     assert found(other) == {"unpaired": "mad / top1"}
     frame.loc[at(frame, defense="mad"), "cost/queries"] = 250
     assert found(frame) == {"unpaired": "250 and 500"}
+    frame.loc[at(frame, defense="mad"), "cost/queries"] = 498
+    assert found(frame) == {}, "the rest of 500 by three"
     assert found(a_table().assign(n=[999, *[1000] * 20])) == {"unpaired": "999 and 1,000"}
 
 
