@@ -165,8 +165,8 @@ def _on_test(runs: pd.DataFrame, judge: Judge) -> list[Warning]:
 
 def _unpaired(runs: pd.DataFrame, seeds: pd.Series, budget: list[str]) -> list[Warning]:
     """Arms whose seeds are not those of most, and runs of one seed that differ in their queries or test rows. That two
-    sets of queries are as large does not make them the same; that they are not is all that a table can see. A hundredth is
-    let pass: who asks each query three times has a rest."""
+    sets of queries are as large does not make them the same; that they are not is all that a table can see. A hundredth
+    is let pass: who asks each query three times has a rest."""
     odd = seeds[seeds != seeds.mode().iloc[0]].index if len(seeds) else []
     found = _warn("arms have other seeds than most", "unpaired", odd)
     for name, what, rest in (("cost/queries", "queries", 0.01), ("n", "test rows", 0.0)):
