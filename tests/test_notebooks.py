@@ -1,22 +1,78 @@
-"""The notebooks run from top to bottom."""
+"""The notebooks run from top to bottom, leave nothing behind, and show what they were committed with."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+# What a reader has to find in the outputs.
+SHOWN = {
+    "quickstart": ("agreement", "gaussian_noise", "posterior"),
+    "read_results": ("p_holm", "top-1", "largest", "posterior"),
+    "write_a_defense": ("keeps_argmax", "decoy 1", "p_holm", "largest"),
+    "write_an_attack": ("true labels of border", "p_holm"),
+}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path: Path) -> None:
+def kinds(notebook: Any) -> list[list[Any]]:
+    """Of what kind each cell's outputs are, and how large a table is."""
+    found = []
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        found.append([(out.output_type, *sorted(out.get("data", {})), *size(out)) for out in outputs])
+    return found
+
+
+def size(out: Any) -> list[str]:
+    """Which columns a table has, and how many rows."""
+    html = out.get("data", {}).get("text/html", "")
+    return [*re.findall(r"<th>(.*?)</th>", html.partition("</thead>")[0]), str(html.count("<tr>"))]
+
+
+def text(notebook: Any) -> str:
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    return "\n".join(out.get("text") or out.data.get("text/plain", "") for out in outputs)
+
+
+def test_all_are_known() -> None:
+    assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == sorted(SHOWN)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    notebook = nbformat.from_dict(committed)
+    before = {path for folder in (ROOT, NOTEBOOKS) for path in folder.iterdir()}
+    here, temporary = tmp_path / "here", tmp_path / "temporary"
+    here.mkdir()
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    resources = {"metadata": {"path": str(here)}}
+    NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute()
+
+    assert kinds(notebook) == kinds(committed), "run it again and commit its outputs"
+    for word in SHOWN[name]:
+        assert word in text(notebook)
+    assert not [*here.iterdir()]
+    assert {path for folder in (ROOT, NOTEBOOKS) for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_is_committed_is_one_run_from_top_to_bottom(name: str) -> None:
+    path = NOTEBOOKS / f"{name}.ipynb"
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
-    printed = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
-    assert "agreement" in printed
-    assert "gaussian_noise" in printed
-    assert "Traceback" not in printed
-    assert path.stat().st_size < 40_000, "the outputs that are committed stay small"
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    assert not [cell.metadata for cell in notebook.cells if cell.metadata]
+    outputs = [out for cell in code for out in cell.outputs]
+    assert not [out for out in outputs if out.output_type == "error" or out.get("name") == "stderr"]
+    assert not re.search(r"(?<![\w.])/(tmp|home|root|work|Users|var)/", str(outputs)), "a path of some machine"
+    assert path.stat().st_size < 60_000, "the outputs that are committed stay small"
