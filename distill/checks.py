@@ -165,11 +165,11 @@ def _on_test(runs: pd.DataFrame, judge: Judge) -> list[Warning]:
 
 def _unpaired(runs: pd.DataFrame, seeds: pd.Series, budget: list[str]) -> list[Warning]:
     """Arms whose seeds are not those of most, and runs of one seed that differ in their queries or test rows. That two
-    sets of queries are as large does not make them the same; that they are not is all that a table can see. A hundredth
+    sets of queries are as large does not make them the same; that they are not is all that a table can see. A fiftieth
     is let pass: who asks each query three times has a rest."""
     odd = seeds[seeds != seeds.mode().iloc[0]].index if len(seeds) else []
     found = _warn("arms have other seeds than most", "unpaired", odd)
-    for name, what, rest in (("cost/queries", "queries", 0.01), ("n", "test rows", 0.0)):
+    for name, what, rest in (("cost/queries", "queries", 0.02), ("n", "test rows", 0.0)):
         counts = runs[runs[name].notna()].groupby(["seed", *budget])[name].unique()
         apart = [sorted(numbers) for numbers in counts if max(numbers) > (1 + rest) * min(numbers)]
         several = {" and ".join(f"{n:,.0f}" for n in numbers) for numbers in apart}

@@ -15,6 +15,7 @@ from distill.results import Comparison
 from distill.tables import p_value, with_interval
 
 SURE = 0.05  # a Holm-corrected p below it is called a difference
+USELESS = {"utility/l1_mean": 2.0}  # the worst that such a number can be
 DEAR = 0.01  # a defense that costs honest users more accuracy than this does not keep its answers right
 PARTS = ("mean", "low", "high")
 ACCURACY = "accuracy/defended_teacher"
@@ -93,7 +94,7 @@ def headline(comparison: Comparison, table: pd.DataFrame) -> list[Markup]:
         without = "without a defense" if defenses else f"with {judge.baseline}"
         return [reached + f". No run {without} says what that is worth."]
     if defenses:
-        return _of_defenses(comparison, others, base.iloc[0])
+        return _of_defenses(comparison, others, base.iloc[0]) + _of_front(comparison, table)
     if best[judge.per] == judge.baseline:
         second = others.iloc[0]
         return [reached + f"; next is {second[judge.per]} with {number(second, '', judge.student)}."]
@@ -134,6 +135,24 @@ def _of_defenses(comparison: Comparison, others: pd.DataFrame, base: pd.Series) 
         said.append(flattered + f"better than it is: {number(row, 'naive', student)} instead of "
                     f"{number(row, '', student)}.")  # fmt: skip
     return said
+
+
+def _of_front(comparison: Comparison, table: pd.DataFrame) -> list[Markup]:
+    """Which defenses are on the front of users' cost and the worst attacker's student, and how much that dominates of
+    what lies between perfect answers and no student, and useless answers and a perfect one."""
+    judge = comparison.judge
+    if f"{judge.utility} mean" not in table:
+        return []
+    table = table.sort_values(f"{judge.utility} mean", ascending=judge.utility_better == "lower")
+    users, students = table[f"{judge.utility} mean"].to_numpy(), table["mean"].to_numpy()
+    worst = (USELESS.get(judge.utility, float(users.max())) if judge.utility_better == "lower" else 0.0), 1.0
+    area = statistics.hypervolume(users, students, judge.utility_better, worst)
+    base = (table[judge.per] == judge.baseline).to_numpy()
+    alone = statistics.hypervolume(users[base], students[base], judge.utility_better, worst)
+    front = table[judge.per][statistics.pareto(users, students, judge.utility_better)]
+    text = Markup("On the front, where no other gives users as much and students less: {}. ").format(", ".join(front))
+    reference = f"{titled(judge.utility)} {worst[0]:g}, {titled(judge.student)} 1"
+    return [text + f"Hypervolume {area:.3f}, without a defense {alone:.3f} (from {reference})."]
 
 
 def _what(comparison: Comparison, row: pd.Series, base: pd.Series) -> str:
