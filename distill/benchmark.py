@@ -66,7 +66,7 @@ class BenchmarkConfig:
         experiment: The experiment that every cell starts from.
         overrides: What all cells set besides.
         axes, controls, skip: See `distill.grid.Grid`.
-        only: Axis to the values that are run this time.
+        only: Axis to the values that are run this time; null for all.
         workers: Processes on this machine; null for one a core.
         worker: Its number where this process is one of several that a launcher started; null to start the processes.
         threads: Of each worker; null to share the cores out.
@@ -81,7 +81,7 @@ class BenchmarkConfig:
     axes: dict[str, Any] = field(default_factory=dict)
     controls: dict[str, Any] = field(default_factory=dict)
     skip: list[dict[str, Any]] = field(default_factory=list)
-    only: dict[str, Any] = field(default_factory=dict)
+    only: Any = None
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     workers: int | None = None
     worker: int | None = None
@@ -148,7 +148,7 @@ def open_grid(config: Any, search: Sequence[str] = ()) -> Grid:
 def chosen(cells: list[Cell], only: Any, grid: Grid) -> list[Cell]:
     """The cells that lie at these values of the axes."""
     wanted: dict[str, set[str]] = {}
-    for axis, values in only.items():
+    for axis, values in (only or {}).items():
         if axis not in grid.values:
             raise DistillError(f"no axis '{axis}'.{nearest(axis, grid.values)}", "only")
         wanted[axis] = {str(value) for value in ([values] if isinstance(values, (str, int, float)) else values)}
@@ -540,7 +540,7 @@ def help_text(title: str, module: str, _: list[str]) -> str:
         "\nkeys",
         "  --dry-run                how many cells, how many are done, what the rest takes; dry_run=true",
         "  workers=N threads=N      processes on this machine and threads of each (default: a process a core)",
-        "  +only.AXIS=[A,B]         run these cells alone",
+        "  only={AXIS:[A,B]}        run these cells alone",
         "  overrides=[KEY=VALUE]    for every cell, such as tracker=wandb",
         "  axes.AXIS=[A,B]          other values of an axis; +axes.AXIS.NAME=OVERRIDE adds one",
         "  publish=results          copy the finished grid there: one small JSON a cell, and figures",

@@ -3,7 +3,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-from sklearn.cluster import KMeans
 
 from distill.attacks._active import ActiveAttack, entropies, entropy_slopes, highest, nearest_squares, posteriors_of
 from distill.contracts import Apprentice
@@ -84,6 +83,8 @@ def losses(posteriors: np.ndarray, answers: np.ndarray) -> np.ndarray:
 
 def of_all_kinds(points: np.ndarray, clusters: int, n: int, seed: int) -> np.ndarray:
     """(n,) sorted indices of points: the nearest to each cluster's centre, the second nearest to each, and so on."""
+    from sklearn.cluster import KMeans
+
     means = KMeans(min(clusters, len(points)), n_init=1, random_state=seed).fit(points)
     away = means.transform(points)[np.arange(len(points)), means.labels_]
     order = np.lexsort((away, means.labels_))
