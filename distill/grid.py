@@ -228,7 +228,7 @@ class Grid:
     def _composed_ahead(self) -> Iterator[None]:
         """Compose what will be asked of Hydra in other processes, while this one does something else."""
         base = self._compose(())
-        values = {overrides for axis in self.values.values() for overrides in axis.values()} - {()}
+        values = {overrides for axis in self.values.values() for overrides in axis.values()} - self._compositions.keys()
         needed = [] if base.whole else [overrides for overrides in values if self._set(overrides) is None]
         if sys.platform != "linux" or len(needed) < FEW:
             yield

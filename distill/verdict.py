@@ -163,7 +163,8 @@ def _what(comparison: Comparison, row: pd.Series, base: pd.Series) -> str:
     for name in of_users(comparison):
         here, there = number(row, name, name), number(base, name, name)
         users.append(f"{titled(name)} {here}" + (f" instead of {there}" if here != there else ""))
-    told = f"{against} student’s {titled(student)} is {number(row, '', student)} instead of "
+    whose = "" if titled(student).startswith("student") else "student’s "
+    told = f"{against} {whose}{titled(student)} is {number(row, '', student)} instead of "
     told += f"{number(base, '', student)} without one ({_change(row, student)})."
     return told + (f" Honest users get: {'; '.join(users)}." if users else "")
 
