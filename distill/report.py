@@ -180,11 +180,16 @@ def _write(text: str, name: str) -> None:
 
 def markdown(comparison: Comparison, single: bool = False) -> str:
     """All tables, and the warnings as a list."""
-    parts = [f"# {comparison.title}", *_headline(comparison)]
+    parts = [f"# {comparison.title}", *_sentences(comparison)]
     parts += [table.markdown() for table in _tables(comparison, single)]
     if warnings := _warnings(comparison):
         parts.append("\n".join(f"- {warning}" for warning in warnings))
     return "\n\n".join([*parts, made(comparison)]) + "\n"
+
+
+def _sentences(comparison: Comparison) -> list[str]:
+    """The headline in Markdown."""
+    return [sentence.replace("<b>", "**").replace("</b>", "**") for sentence in map(str, _headline(comparison))]
 
 
 def latex(comparison: Comparison, single: bool = False) -> str:
@@ -211,7 +216,7 @@ MARKERS = re.compile(r"(<!-- benchmark: (\S+)(?: (\S+))? -->\n).*?(<!-- /benchma
 
 def update_readme(path: Path) -> list[str]:
     """Make what stands between ``<!-- benchmark: NAME [FIGURE] -->`` and ``<!-- /benchmark -->`` anew from
-    results/NAME beside it: what it comes to, the table, the figure (drawn into that folder), and where all is from.
+    results/NAME beside it: what it comes to, the figure (drawn into that folder), the table, and where all is from.
 
     Returns:
         The names of the benchmarks.
@@ -228,10 +233,10 @@ def update_readme(path: Path) -> list[str]:
         drawn = [file.stem for file in figures.export(comparison, folder) if file.suffix == ".svg"]
         if wanted and wanted not in drawn:
             raise DistillError(f"{name} has no figure '{wanted}'.{nearest(wanted, drawn)}", "report")
-        parts = [" ".join(_headline(comparison)), tables.headline(comparison).markdown()]
+        parts = _sentences(comparison)
         for figure in [wanted] if wanted else drawn[:1]:
             parts.append(f"![{comparison.title}]({(RESULTS / name).as_posix()}/{figure}.svg)")
-        parts.append(made(comparison))
+        parts += [tables.headline(comparison).markdown(), made(comparison)]
         return start + "\n" + "\n\n".join(parts) + "\n\n" + end
 
     text = path.read_text()
