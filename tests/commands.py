@@ -85,6 +85,7 @@ def _call(
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
     started = time.process_time()
     if cpu_s is not None:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process where it stands, no line of Python is run
