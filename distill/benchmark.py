@@ -22,7 +22,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -217,13 +217,14 @@ def work(cells: list[Cell], number: int, outputs: Path, launch: str, retries: in
     start = round(len(cells) * (number * GOLDEN % 1))
     left = cells[start:] + cells[:start]
     while left:
-        left = [cell for cell in left if not State.of(cell, outputs).ended(launch, retries)]
         for cell in left:
+            if State.of(cell, outputs).ended(launch, retries):
+                continue
             with taken(cell, outputs) as mine:
                 if mine and not State.of(cell, outputs).ended(launch, retries):
-                    run_cell(cell, place(cell, outputs), launch, retries)
-                    break
-        else:
+                    run_cell(cell, outputs, launch, retries)
+        left = [cell for cell in left if not State.of(cell, outputs).ended(launch, retries)]
+        if left:  # another worker holds them, or they failed and are tried again
             time.sleep(POLL_S)
 
 
@@ -245,16 +246,15 @@ def taken(cell: Cell, outputs: Path) -> Iterator[bool]:
             yield True
 
 
-def run_cell(cell: Cell, folder: Path, launch: str, retries: int) -> None:
+def run_cell(cell: Cell, outputs: Path, launch: str, retries: int) -> None:
     """One run, as `python -m distill.train` makes it. What goes wrong is noted in its folder."""
     from distill.train import extract
 
-    before = State(**json.loads((folder / ATTEMPT).read_text())) if (folder / ATTEMPT).exists() else State(OPEN)
+    folder, before = place(cell, outputs), State.of(cell, outputs)
     attempts = 1 + (before.attempts if before.launch == launch else 0)
 
     def note(status: str, reason: str, attempts: int = attempts) -> None:
-        state = {"status": status, "reason": reason, "attempts": attempts, "launch": launch}
-        write_atomically(folder / ATTEMPT, json.dumps(state) + "\n")
+        write_atomically(folder / ATTEMPT, json.dumps(asdict(State(status, reason, attempts, launch))) + "\n")
 
     if attempts > retries + 1:  # the worker that held it died, not the cell
         note(FAILED, "killed each time; was there memory for it?")
@@ -305,9 +305,8 @@ def work_together(cells: list[Cell], outputs: Path, launch: str, config: Any) ->
     todo = [cell for cell in cells if not State.of(cell, outputs).ended(launch, config.retries)]
     if not todo:
         return 0.0
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    workers = min(config.workers or cores, len(todo))
-    threads = config.threads or max(1, cores // workers)
+    workers = min(config.workers or cores(), len(todo))
+    threads = config.threads or max(1, cores() // workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read when a worker starts
     context = multiprocessing.get_context("spawn")
     level = logging.getLogger().level
@@ -340,6 +339,11 @@ def work_together(cells: list[Cell], outputs: Path, launch: str, config: Any) ->
         finally:
             _stop(processes)
     return peak
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _worker(number: int, cells: list[Cell], outputs: Path, launch: str, retries: int, threads: int, level: int) -> None:
@@ -385,9 +389,7 @@ def show_plan(config: Any, cells: list[Cell], outputs: Path) -> None:
     from rich.console import Console
 
     states = [State.of(cell, outputs) for cell in cells]
-    counts = {
-        status: sum(state.status == status for state in states) for status in (DONE, FAILED, NOT_APPLICABLE, OPEN)
-    }
+    counts = Counter(state.status for state in states)
     todo = [cell for cell, state in zip(cells, states, strict=True) if state.status in (OPEN, FAILED)]
     queries = {cell.query for cell in todo}
     console = Console(highlight=False, soft_wrap=True)
@@ -396,7 +398,7 @@ def show_plan(config: Any, cells: list[Cell], outputs: Path) -> None:
     console.print(f"to do: {len(todo):,} students on {len(queries):,} transfer sets", end="")
     taken_s = seconds_of([cell for cell, state in zip(cells, states, strict=True) if state.status == DONE], outputs)
     if taken_s and todo:
-        workers = config.workers or os.cpu_count() or 1
+        workers = config.workers or cores()
         seconds = expected(todo, taken_s)
         console.print(
             f", about {_duration(seconds / workers)} on {workers} workers ({_duration(seconds)} of work)", end=""
