@@ -44,6 +44,10 @@ class BadAnswer(DistillError):
     """A teacher or a defense returned something that is not a distribution over the classes."""
 
 
+class DamagedTransferSet(DistillError):
+    """A transfer set is missing, incomplete or not what was written. It can be made again from the provider's log."""
+
+
 class MissingAsset(DistillError):
     """A data set or model could not be found in any of the places where it may lie."""
 

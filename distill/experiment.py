@@ -18,7 +18,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_model, save_model
 
-from distill import transfer
 from distill.config import build, cache_dir, digest, identity, locate, options_that
 from distill.contracts import (
     Attack,
@@ -37,7 +36,7 @@ from distill.contracts import (
     TrainingRecovery,
     of_language,
 )
-from distill.errors import DistillError, Incompatible
+from distill.errors import DamagedTransferSet, DistillError, Incompatible
 from distill.kept import Kept, train_once, weights_hash
 from distill.launch import write_atomically
 from distill.provider.ledger import Ledger
@@ -525,6 +524,8 @@ class Experiment:
 
     def save_answers(self, transfer_set: TransferSet) -> None:
         """The transfer set and what the attack's own student said, and what the defense remembers."""
+        from distill import transfer
+
         transfer.save(transfer_set, self.queries / "transfer_set")
         if self.own is not None:
             _save_arrays(self.queries / OWN_STUDENT, vars(self.own))
@@ -535,6 +536,8 @@ class Experiment:
 
     def load_answers(self) -> TransferSet:
         """Raises `DamagedTransferSet`."""
+        from distill import transfer
+
         transfer_set = transfer.load(self.queries / "transfer_set")
         self.own = None
         if (self.queries / OWN_STUDENT).exists():
@@ -544,11 +547,13 @@ class Experiment:
             try:
                 self.defense.restore(_load_arrays(self.queries / DEFENSE_STATE))
             except (ValueError, KeyError) as error:
-                raise transfer.DamagedTransferSet(f"{self.queries / DEFENSE_STATE} is damaged ({error})") from None
+                raise DamagedTransferSet(f"{self.queries / DEFENSE_STATE} is damaged ({error})") from None
         return transfer_set
 
     def export(self, transfer_set: TransferSet, path: Path) -> None:
         """A self-contained copy, inputs included."""
+        from distill import transfer
+
         transfer.export(transfer_set, self.pool, path, class_names=self.data.class_names)
 
     def push_to_hub(self, transfer_set: TransferSet, repo: str) -> str:
@@ -692,7 +697,7 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(path) as arrays:
             return dict(arrays)
     except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise transfer.DamagedTransferSet(f"{path} is damaged ({error})") from None
+        raise DamagedTransferSet(f"{path} is damaged ({error})") from None
 
 
 def described(node: Any) -> str:

@@ -19,16 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import DatasetInfo, Features
 
-from distill.errors import DistillError
+from distill.errors import DamagedTransferSet, DistillError
 from distill.records import file_hash
 
 DATA = "data-00000-of-00001.arrow"
 
 Columns = Mapping[str, tuple[Any, Callable[[slice], pa.Array]]]  # its feature, and its values at these rows
-
-
-class DamagedTransferSet(DistillError):
-    """A transfer set is missing, incomplete or not what was written. It can be made again from the provider's log."""
 
 
 @contextmanager

@@ -16,18 +16,7 @@ from datasets import ClassLabel, Image, LargeList, List, Value
 from PIL import Image as Pixels
 
 from distill.records import Examples, InputSpec, TransferSet
-from distill.stored import (
-    DamagedTransferSet,
-    card,
-    lists,
-    read,
-    replacing,
-    write_arrow,
-    write_parquet,
-    write_sidecar,
-)
-
-__all__ = ["DamagedTransferSet", "export", "load", "save"]
+from distill.stored import card, lists, read, replacing, write_arrow, write_parquet, write_sidecar
 
 SCHEMA = 1
 BATCH_BYTES = 16 << 20  # what is turned into arrow at once

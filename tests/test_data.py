@@ -5,6 +5,7 @@ import importlib
 import inspect
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -514,6 +515,26 @@ def test_the_cache_serves_without_a_network(tmp_path):
         assert (data.train.inputs == images[:9]).all()
     assert "owner/tiny" in said(MissingAsset, Hub("owner/tiny", revision="f" * 40).load)
     assert "owner/tiny" in said(MissingAsset, Hub("owner/tiny", config="other").load)
+
+    # In a new process the folder is looked for before `datasets` is imported, which happens where there is something.
+    find = """
+import sys
+from distill.data import assets
+from distill.errors import MissingAsset
+for hub_id in ("another/tiny", "owner/tiny"):
+    try:
+        print(assets.find("tiny", hub_id=hub_id)["train"].num_rows)
+    except MissingAsset:
+        print("missing")
+    print("datasets" in sys.modules)
+"""
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "hf").rename(home / "datasets")
+    for places in ({"HF_HOME": str(home)}, {"HF_DATASETS_CACHE": str(home / "datasets")}):
+        words = os.environ | {"HF_HUB_OFFLINE": "1"} | places
+        told = subprocess.run([sys.executable, "-c", find], env=words, capture_output=True, text=True, check=True)
+        assert told.stdout.split() == ["missing", "False", "9", "True"]
 
 
 def test_online_the_commit_is_pinned_and_a_failing_download_leaves_the_package(tmp_path, monkeypatch, caplog):

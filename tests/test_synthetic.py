@@ -19,9 +19,8 @@ from assets import need
 from prompt_toys import chats, flip_a_bit
 
 from distill import synthetic
-from distill.errors import DistillError
+from distill.errors import DamagedTransferSet, DistillError
 from distill.language import Completions, Prompts, Sampling, SyntheticSet, texts
-from distill.stored import DamagedTransferSet
 
 SAMPLING = Sampling(max_tokens=9, temperature=0.5, top_p=0.9, system_prompt="Be kind – ü.", stop=("\n", "#"), seed=7)
 

@@ -15,11 +15,11 @@ from test_contracts import an_experiment
 from distill.attacks.knockoff_random import KnockoffRandom
 from distill.config import CONFIG_DIR, query_id
 from distill.contracts import Apprentice, Oracle
+from distill.errors import DamagedTransferSet
 from distill.evaluate import measure
 from distill.experiment import Experiment
 from distill.query import query
 from distill.records import Examples, TransferSet
-from distill.transfer import DamagedTransferSet
 
 
 class SelfMade(KnockoffRandom):

@@ -10,10 +10,9 @@ import pytest
 from toys import a_pool, a_provider, collect, flip_a_bit, truncate
 
 from distill import transfer
-from distill.errors import DistillError
+from distill.errors import DamagedTransferSet, DistillError
 from distill.provider.defenses.gaussian_noise import GaussianNoise
 from distill.records import Examples, InputSpec, TransferSet
-from distill.transfer import DamagedTransferSet
 
 IMAGES = InputSpec("image", (5, 4, 3))
 GREY = InputSpec("image", (5, 4, 1))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,11 +103,14 @@ def _cached(hub_id: str, config: str | None, revision: str | None) -> datasets.D
 
     With several configurations and none named, the hub has to say which one is its default.
     """
+    owner, _, name = hub_id.rpartition("/")
+    if "datasets" not in sys.modules and not any(_default_cache().glob(f"{owner}*")):
+        return None  # told without its import, which takes half a second
+
     from datasets import config as settings
     from datasets.naming import camelcase_to_snakecase
     from datasets.packaged_modules.cache.cache import Cache
 
-    owner, _, name = hub_id.rpartition("/")
     folder = Path(settings.HF_DATASETS_CACHE) / "___".join(filter(None, (owner, camelcase_to_snakecase(name))))
     found = [file.parent for file in folder.glob(f"{config or '*'}/*/{revision or '*'}/dataset_info.json")]
     found = [path for path in found if not path.name.endswith(".incomplete")]
@@ -114,6 +119,13 @@ def _cached(hub_id: str, config: str | None, revision: str | None) -> datasets.D
     newest = max(found, key=lambda path: path.stat().st_mtime)
     config_name, version, commit = newest.parts[-3:]
     return Cache(dataset_name=name, repo_id=hub_id, config_name=config_name, version=version, hash=commit).as_dataset()
+
+
+def _default_cache() -> Path:
+    """Where `datasets` keeps what it has prepared, as the environment says."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME, "datasets")))
 
 
 def _commit(hub_id: str, revision: str | None) -> str:
