@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from assets import need
 from commands import Running, command, distill
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -30,8 +31,9 @@ from distill.benchmark import (
     price,
 )
 from distill.config import CONFIG_DIR, query_id, run_id
-from distill.errors import DistillError
-from distill.grid import Cell, Grid, values_of
+from distill.errors import DistillError, MissingAsset
+from distill.grid import SEED, Cell, Grid, values_of
+from distill.launch import options
 from distill.results import MANIFEST, compare
 
 TINY = ["training.epochs=1", "budget.queries=30", "teacher.recipe.epochs=2", "curve=[]"]
@@ -157,6 +159,20 @@ def test_cells_whose_parts_do_not_fit_have_a_reason() -> None:
     wrong = {"defense": {"none": [], "odd": ["defense=rounding", "+defense.digits=1"]}, "seed": [0]}
     with pytest.raises(DistillError, match=r"has no option 'digits'.*the cell of defense odd"):
         Grid("some", BASE, wrong, {}).checked()
+
+
+@pytest.mark.parametrize("name", options("benchmark"))
+def test_shipped_benchmarks_are_right(name: str) -> None:
+    grid = open_grid(compose("benchmark", overrides=[f"+benchmark={name}"]))
+    try:
+        cells = grid.checked()
+    except MissingAsset as error:
+        need(False, str(error))
+    assert grid.benchmark == name
+    assert {cell.at[SEED] for cell in cells} == {"0", "1", "2"}
+    assert any(cell.control == "ground truth" for cell in cells)
+    assert len({cell.run for cell in cells}) == len(cells)
+    assert len([cell for cell in cells if cell.reason]) < len(cells) / 3
 
 
 def test_what_shares_an_evaluation_is_run_together() -> None:
