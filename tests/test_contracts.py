@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 import yaml
 from attack_toys import CLASSES, NAMES, a_labelled_pool, extracted
 from hydra import compose, initialize_config_dir
-from toys import SPEC, a_pool
+from toys import SPEC, a_pool, claims_hold
 
 from distill import contracts
 from distill.attacks._repeats import Repeats
@@ -26,7 +27,18 @@ from distill.provider.defenses.none import NoDefense
 from distill.provider.oracle import serve
 from distill.provider.teachers.torch_classifier import TorchClassifier
 from distill.query import query
-from distill.records import Examples, InputSpec, InterfaceProfile, Queries, Reveals, TransferSet, one_hot
+from distill.randomness import KeyedRandom
+from distill.records import (
+    Answers,
+    Examples,
+    InputSpec,
+    InterfaceProfile,
+    Queries,
+    Reveals,
+    TransferSet,
+    content_keys,
+    one_hot,
+)
 from distill.training import Trainer
 
 
@@ -253,6 +265,29 @@ def test_the_attackers_real_objects_do_not_lead_behind_the_door(
     handed["apprentice"].trainer._accelerator = None  # accelerate's own state: large, and made before any teacher
     assert test_one_door.leaks(handed, clean) == []
     assert test_one_door.leaks({"provider": experiment.provider}, clean), "the walk would have found one"
+
+
+@pytest.mark.parametrize("option", options("defense"))
+def test_a_defense_keeps_what_it_claims(option: str, tmp_path: Path) -> None:
+    """With the options of its file, on answers of a real teacher; its networks are trained briefly."""
+    recipe = (
+        ["defense.recipe.epochs=1"] if "training@recipe" in (CONFIG_DIR / f"defense/{option}.yaml").read_text() else []
+    )
+    experiment = an_experiment(tmp_path, f"defense={option}", *recipe)
+    defense, inputs = experiment.defense, experiment.pool.inputs[:100]
+    clean, info = experiment.provider.clean(inputs), experiment.defense.query_info(inputs)
+
+    def perturbed(defense: contracts.Defense, repeat: int, rows: slice = slice(None)) -> Answers:
+        given = None if info is None else info[rows]
+        keys = content_keys(inputs)[rows]
+        return defense.perturb(clean[rows], given, KeyedRandom(5, keys, np.full(len(keys), repeat)))
+
+    in_parts = copy.deepcopy(defense)
+    once = perturbed(defense, 0)
+    claims_hold(defense, clean, once)
+    parts = [perturbed(in_parts, 0, rows) for rows in (slice(0, 1), slice(1, 60), slice(60, None))]
+    np.testing.assert_array_equal(Answers.join(parts).posteriors, once.posteriors)
+    assert np.array_equal(perturbed(defense, 1).posteriors, once.posteriors) == defense.deterministic
 
 
 @pytest.mark.parametrize("option", options("attack"))

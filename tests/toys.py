@@ -8,12 +8,23 @@ from pathlib import Path
 import numpy as np
 
 from distill import transfer
+from distill.contracts import Defense
 from distill.provider import journal
 from distill.provider.defenses.gaussian_noise import GaussianNoise
 from distill.provider.defenses.none import NoDefense
 from distill.provider.oracle import serve
 from distill.provider.provider import Provider
-from distill.records import Budget, Dataset, Examples, InputSpec, InterfaceProfile, Queries, Reveals, TransferSet
+from distill.records import (
+    Answers,
+    Budget,
+    Dataset,
+    Examples,
+    InputSpec,
+    InterfaceProfile,
+    Queries,
+    Reveals,
+    TransferSet,
+)
 
 FEATURES = 6
 SPEC = InputSpec("table", (FEATURES,))
@@ -115,3 +126,21 @@ def query_stage(folder: Path, rows: int, step: int, remote: bool, seconds_per_ca
     provider = a_provider(folder, teacher, GaussianNoise())
     asked = np.random.default_rng(1).integers(0, rows // 2, size=rows)
     transfer.save(collect(provider, a_pool(rows), asked, step), folder / "transfer_set")
+
+
+def claims_hold(defense: Defense, clean: Answers, answers: Answers) -> None:
+    """What a defense made of clean answers is what its attributes say."""
+    assert answers.posteriors.dtype == np.float32
+    assert answers.posteriors.shape == clean.posteriors.shape
+    assert np.isfinite(answers.posteriors).all()
+    assert (answers.posteriors >= 0).all()
+    np.testing.assert_allclose(answers.posteriors.sum(axis=1, dtype=np.float64), 1, atol=1e-5)
+    if defense.keeps_argmax:
+        np.testing.assert_array_equal(answers.labels, clean.labels)
+    if defense.l1_budget is not None:
+        moved = np.abs(answers.posteriors.astype(np.float64) - clean.posteriors).sum(axis=1)
+        assert moved.max() <= defense.l1_budget + 1e-5
+    if defense.exposes.top_k is not None:
+        assert ((answers.posteriors > 0).sum(axis=1) <= defense.exposes.top_k).all()
+    if defense.exposes.reveals is Reveals.LABEL:
+        assert ((answers.posteriors == 0) | (answers.posteriors == 1)).all()
