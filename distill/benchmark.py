@@ -317,6 +317,7 @@ def work_together(cells: list[Cell], outputs: Path, launch: str, config: Any) ->
         process.start()
         return process
 
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does; workers would go on
     processes = [start(number) for number in range(workers)]
     peak, deaths, ended = 0.0, 0, 0
     every = 0.5 if sys.stderr.isatty() else 60  # in a file, a line a minute
@@ -338,6 +339,7 @@ def work_together(cells: list[Cell], outputs: Path, launch: str, config: Any) ->
                         processes[number] = start(number)
         finally:
             _stop(processes)
+            signal.signal(signal.SIGTERM, before)
     return peak
 
 
@@ -347,6 +349,8 @@ def cores() -> int:
 
 
 def _worker(number: int, cells: list[Cell], outputs: Path, launch: str, retries: int, threads: int, level: int) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.getLogger().setLevel(level)
     cards = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if cards > 1:  # a GPU each, as far as they go

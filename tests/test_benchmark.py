@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from assets import need
 from commands import Running, command, distill
@@ -307,7 +308,8 @@ def test_a_cell_that_fails_or_kills_its_worker_is_tried_again_and_stops_nothing_
         assert ("killed each time" if how == "killed" else "ZeroDivisionError: by accident") in ended[1][1]
 
 
-def test_an_interrupted_grid_goes_on_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_grid_goes_on_where_it_was(sent: signal.Signals, tmp_path: Path) -> None:
     axes, longer = {"defense": ["none"], "seed": list(range(8))}, [*TINY, "training.epochs=25"]
     started = words(tmp_path, axes=axes, controls={}, judge={"over": []}, overrides=longer)
     running = Running(command, "benchmark", *started, cwd=tmp_path)
@@ -316,8 +318,10 @@ def test_an_interrupted_grid_goes_on_where_it_was(tmp_path: Path) -> None:
         assert time.monotonic() < until
         time.sleep(0.1)
     assert running.process.pid is not None
-    os.kill(running.process.pid, signal.SIGINT)
+    workers = psutil.Process(running.process.pid).children(recursive=True)
+    os.kill(running.process.pid, sent)
     ended = running.end()
+    assert not psutil.wait_procs(workers, timeout=30)[1], "nobody goes on alone"
     assert ended.returncode == 130
     assert "the same command goes on from here" in ended.stderr
     counted = [status for status, _ in states(tmp_path)]
