@@ -350,7 +350,6 @@ def cores() -> int:
 
 def _worker(number: int, cells: list[Cell], outputs: Path, launch: str, retries: int, threads: int, level: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.getLogger().setLevel(level)
     cards = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if cards > 1:  # a GPU each, as far as they go
