@@ -326,9 +326,9 @@ def budget_curves(comparison: Comparison) -> tuple[Figure, pd.DataFrame]:
         asked = pd.to_numeric(frame[judge.budget], errors="coerce")
         frame[budget] = frame[budget].where(frame[budget] > 0, asked)
     frame = _in_panels(comparison, frame[(frame[budget] > 0) & frame[judge.student].notna()])
-    data = statistics.summarise(frame, ["facet", "line", "control", budget], judge.student)
-    if (data.groupby(["facet", "line"]).size() < 2).all():
+    if (frame.groupby(["facet", "line", "seed"])[budget].nunique() < 2).all():
         raise NothingToDraw("there is one budget only")
+    data = statistics.summarise(frame, ["facet", "line", "control", budget], judge.student)
     return _lines(comparison, data, budget, titled(judge.student)), _named(comparison, data)
 
 

@@ -219,7 +219,7 @@ def over_budgets(comparison: Comparison) -> dict[str, Any]:
     judge, curves = comparison.judge, results.curves(comparison)
     curves = curves[(curves["control"] == "") & curves[judge.student].notna()]
     by, rows = [judge.per, *judge.over], []
-    if len(curves) and curves.groupby(by)[BUDGET].nunique().max() > 1:
+    if len(curves) and curves.groupby([*by, statistics.SEED])[BUDGET].nunique().max() > 1:
         best = float(curves.groupby([*by, BUDGET])[judge.student].mean().max())
         areas = statistics.budget_area(curves, by, BUDGET, judge.student)
         queries = statistics.queries_to_reach(curves, by, BUDGET, judge.student, 0.9, best)

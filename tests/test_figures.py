@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from distill import figures, results, statistics
+from distill import figures, page, results, statistics
 from distill.launch import options
 from distill.records import Result
 
@@ -180,6 +180,20 @@ def test_heat_map_has_every_arm_and_the_controls(made_up: results.Comparison) ->
     assert "0.710" in written
     ticks = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert ticks == [*DEFENSES, "ground truth"]
+
+
+def test_seeds_that_asked_other_numbers_of_queries_are_no_curve(made_up: results.Comparison) -> None:
+    """As where a budget is money, and answers are of different lengths."""
+    seeds = made_up.frame.set_index("folder")["seed"]
+    found = {
+        folder: replace(result, curve=[], cost=result.cost | {"queries": 100 + int(seeds[folder])})
+        for folder, result in made_up.results.items()
+    }
+    apart = replace(made_up, results=found)
+    with pytest.raises(figures.NothingToDraw):
+        figures.budget_curves(apart)
+    assert not page.over_budgets(apart)["rows"]
+    assert page.over_budgets(made_up)["rows"]
 
 
 def test_budget_curves_have_intervals_and_dashed_controls(made_up: results.Comparison) -> None:
