@@ -19,6 +19,7 @@ SHOWN = 4  # so many arms are named
 SEEDS = 3  # fewer tell nothing of how far another seed would move a number
 AVERAGING = ("average", "majority_vote")  # recoveries that ask several times
 OF_LABELS = ("top1", "label_smoothing")  # and those that learn from the label alone
+LABELS = ("label", "top_1")  # profiles of transfer sets with no more than it, whatever the interface told
 
 
 # --- one result -----------------------------------------------------------------------------------------------------
@@ -33,7 +34,7 @@ def flags(result: Result, defense: Defense, recovery: str) -> list[str]:
         found.append(f"the student is not cheaper than its teacher ({README}#student-not-cheaper)")
     if recovery == "as_returned" and result.profile != "label" and not defense.deterministic:
         found.append(f"a random defense was attacked without averaging ({README}#random-defense)")
-    moved = result.utility.get("l1_max", 0) > 0 and result.profile not in ("label", "top_1")
+    moved = result.utility.get("l1_max", 0) > 0 and result.profile not in LABELS
     if recovery == "as_returned" and moved and defense.keeps_argmax:
         found.append(f"a defense that keeps the arg-max was attacked without recovery=top1 ({README}#top1)")
     if result.config["access"]["profile"] == "weights":
@@ -128,15 +129,17 @@ def _control_ahead(
 def _unanswered(runs: pd.DataFrame) -> list[Warning]:
     """Defenses that only met attackers who do not know better. Of a defense, its runs' own flags say what it is; so of
     one that no `recovery=as_returned` was run against nothing is known, and nothing is said."""
+    recovery = runs["choice/recovery"]
+    of_labels = recovery.isin(OF_LABELS) | runs["profile"].isin(LABELS)
     traps = [
-        ("a random defense was attacked without averaging", "random-defense", AVERAGING),
-        ("a defense that keeps the arg-max was attacked without its labels", "top1", OF_LABELS),
+        ("a random defense was attacked without averaging", "random-defense", recovery.isin(AVERAGING)),
+        ("a defense that keeps the arg-max was attacked without its labels", "top1", of_labels),
     ]
     of = "defense" if "defense" in runs else "choice/defense"  # an axis of defenses tells strengths apart too
     found = []
     for text, anchor, answers in traps:
         is_one = _flagged(runs, anchor).groupby(runs[of], sort=False).any()
-        answered = runs["choice/recovery"].isin(answers).groupby(runs[of], sort=False).any()
+        answered = answers.groupby(runs[of], sort=False).any()
         found += _warn(text, anchor, is_one[is_one & ~answered].index, len(is_one))
     return found
 

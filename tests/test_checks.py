@@ -106,7 +106,9 @@ def a_table(
     for seed in seeds:
         row = {"control": "no teacher", "defense": "–", "recovery": "–", "seed": seed, "flags": []}
         rows.append(row | {"fidelity/agreement": 0.1, "choice/attack": "no_teacher", "choice/recovery": "as_returned"})
-    return pd.DataFrame(rows).assign(**{"n": 1000, "cost/queries": 500, "accuracy/defended_teacher": 0.9})
+    return pd.DataFrame(rows).assign(
+        **{"n": 1000, "cost/queries": 500, "accuracy/defended_teacher": 0.9, "profile": "probs"}
+    )
 
 
 def at(frame: pd.DataFrame, **places: str) -> pd.Series:
@@ -178,6 +180,16 @@ def test_one_arm_that_knows_better_is_enough(flag: str, anchor: str, answer: str
     assert found(frame) == {anchor: "mad 1"}, "of that strength no arm averages (takes the label)"
     unnamed = frame.rename(columns={"defense": "attack"})
     assert found(unnamed, Judge("attack", ("recovery",))) == {}, "of mad as a whole there is one"
+
+
+def test_an_attack_that_keeps_labels_alone_is_one_that_knows_better() -> None:
+    frame = a_table(recoveries=("as_returned",)).assign(recovery="copycat")
+    others = a_table(recoveries=("as_returned",))
+    others["flags"] = [[ARG_MAX] if defense == "mad" else [] for defense in others["defense"]]
+    both = pd.concat([frame.assign(profile="label"), others], ignore_index=True)
+    assert found(others) == {"top1": "mad"}
+    assert found(both) == {}
+    assert found(both.assign(profile="probs")) == {"top1": "mad"}
 
 
 def test_students_above_what_users_get_are_told_once() -> None:
