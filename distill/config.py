@@ -143,12 +143,9 @@ def build(node: Any, key: str, **context: Any) -> Any:
         return values
     target = locate(node["_target_"], key)
     values.update(context)
-    takes = {
-        name: parameter
-        for name, parameter in inspect.signature(target).parameters.items()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    }
-    any_option = len(takes) != len(inspect.signature(target).parameters)
+    asked = inspect.signature(target).parameters
+    takes = {name: parameter for name, parameter in asked.items() if parameter.kind is not parameter.VAR_KEYWORD}
+    any_option = len(takes) != len(asked)
     title = target.__name__
     for name in values:
         if name not in takes and not any_option:
