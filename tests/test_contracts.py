@@ -270,17 +270,14 @@ def test_the_attackers_real_objects_do_not_lead_behind_the_door(
 @pytest.mark.parametrize("option", options("defense"))
 def test_a_defense_keeps_what_it_claims(option: str, tmp_path: Path) -> None:
     """With the options of its file, on answers of a real teacher; its networks are trained briefly."""
-    recipe = (
-        ["defense.recipe.epochs=1"] if "training@recipe" in (CONFIG_DIR / f"defense/{option}.yaml").read_text() else []
-    )
-    experiment = an_experiment(tmp_path, f"defense={option}", *recipe)
+    trained = "training@recipe" in (CONFIG_DIR / f"defense/{option}.yaml").read_text()
+    experiment = an_experiment(tmp_path, f"defense={option}", *["defense.recipe.epochs=1"] * trained)
     defense, inputs = experiment.defense, experiment.pool.inputs[:100]
-    clean, info = experiment.provider.clean(inputs), experiment.defense.query_info(inputs)
+    clean, info, keys = experiment.provider.clean(inputs), defense.query_info(inputs), content_keys(inputs)
 
     def perturbed(defense: contracts.Defense, repeat: int, rows: slice = slice(None)) -> Answers:
         given = None if info is None else info[rows]
-        keys = content_keys(inputs)[rows]
-        return defense.perturb(clean[rows], given, KeyedRandom(5, keys, np.full(len(keys), repeat)))
+        return defense.perturb(clean[rows], given, KeyedRandom(5, keys[rows], np.full(len(keys[rows]), repeat)))
 
     in_parts = copy.deepcopy(defense)
     once = perturbed(defense, 0)
