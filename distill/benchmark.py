@@ -515,21 +515,31 @@ def _made(environment: dict[str, Any]) -> dict[str, Any]:
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Copy a grid to where it is kept: the manifest, one small JSON a cell, figures and their numbers."""
+    """Copy a grid to where it is kept: the manifest, one small JSON a cell, figures and their numbers.
+
+    A cell that has not run here stays as it was published before, so that a grid may be run in parts, on machines that
+    share no folder (`only={seed:[2]}`: pairs of one seed should be of one machine). Cells of an older grid go.
+    """
     from distill.figures import export
     from distill.results import compare
 
     manifest = json.loads((folder / MANIFEST).read_text())
+    before = json.loads((target / MANIFEST).read_text())["cells"] if (target / MANIFEST).exists() else []
+    kept = {cell["run"]: cell for cell in before if cell["status"] == DONE}
     target.mkdir(parents=True, exist_ok=True)
-    for old in target.glob("*.json"):
-        old.unlink()
-    for cell in manifest["cells"]:
+    for i, cell in enumerate(manifest["cells"]):
         if cell["status"] == DONE:
             result = json.loads((folder / cell["folder"] / "result.json").read_text())
             result["environment"] = {"commit": result["environment"]["commit"]}
             text = json.dumps(result, sort_keys=True, separators=(",", ":"))
             write_atomically(target / f"{cell['run']}.json", text + "\n")
-        cell["folder"] = ""
+        elif cell["run"] in kept:
+            cell = kept[cell["run"]]
+        manifest["cells"][i] = cell | {"folder": ""}
+    finished = {cell["run"] for cell in manifest["cells"] if cell["status"] == DONE}
+    for old in target.glob("*.json"):
+        if old.stem not in finished:
+            old.unlink()
     write_atomically(target / MANIFEST, json.dumps(manifest, separators=(",", ":")) + "\n")
     export(compare([target]), target)
     log.info("published: %s", target)

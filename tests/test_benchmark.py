@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -267,6 +268,24 @@ def test_a_published_grid_is_small_and_whole(finished: Path) -> None:
     for path in (finished / "results/small").glob("*.json"):
         assert path.stat().st_size < 12_000, path
     assert (finished / "results/small" / MANIFEST).exists()
+
+
+def test_a_grid_may_be_published_in_parts(finished: Path, tmp_path: Path) -> None:
+    """Machines that share no folder publish to the same place; cells that the grid no longer has go."""
+    before = compare([finished / "results/small"]).frame.set_index("run")["accuracy/student"]
+    shutil.copytree(finished / "results", tmp_path / "results")
+    published = tmp_path / "results/small"
+    manifest = json.loads((published / MANIFEST).read_text())
+    missing = manifest["cells"][0]
+    assert missing["at"]["defense"] == "none"
+    missing["status"] = OPEN
+    (published / MANIFEST).write_text(json.dumps(manifest))
+    (published / f"{missing['run']}.json").rename(published / "0123abcd.json")
+    distill("benchmark", *words(tmp_path), "only={defense:[none]}", "publish=results", cwd=tmp_path)
+    assert compare([published]).frame.set_index("run")["accuracy/student"].to_dict() == before.to_dict()
+    assert not (published / "0123abcd.json").exists()
+    rounding = Grid("small", ["+experiment=quickstart", *TINY], {"defense": ["rounding"], "seed": [0]}, {}).cells[0]
+    assert not (tmp_path / "outputs" / rounding.name / rounding.run).exists(), "taken from what was published"
 
 
 BREAKS = """
