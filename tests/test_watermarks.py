@@ -569,7 +569,11 @@ def test_greedy_answers_have_no_draw_to_mark() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_marked_answers_do_not_depend_on_their_batch(teacher: CausalLM, kind: str) -> None:
+def test_marked_answers_do_not_depend_on_their_batch(kind: str) -> None:
+    """In float64: a batch of another size rounds otherwise, and in float32 one draw in thousands is so close to an edge
+    that it tells (seen for SynthID on one kind of processor)."""
+    teacher, tokenizer = CausalLM(8), characters()
+    teacher.hold(network(len(tokenizer)).double(), tokenizer)
     mark, sampling = KINDS[kind](width=2), Sampling(max_tokens=25, temperature=0.9, top_p=0.95, seed=3)
     together = answers(teacher, mark, sampling)
     order = np.random.default_rng(0).permutation(len(CHATS))
