@@ -180,7 +180,7 @@ def test_the_image_tells_a_model_from_its_fine_tuned_copy(tmp_path: Path) -> Non
         steps.step()
     tuned.hold(tuned.network, TOKENIZER)
     with serve_text(a_provider(tmp_path, top_k=VOCABULARY)) as oracle:
-        (known, same), vectors = ModelImage(**MANY).extract(oracle, POOL, 0), Spectrum(100, 80, 40.0, 0.001, 8)
+        (known, same), vectors = ModelImage(**MANY).extract(oracle, POOL, 0), Spectrum(100, 80, 40.0, 0.001, 8, 1)
     with serve_text(a_provider(tmp_path / "tuned", tuned, top_k=VOCABULARY)) as oracle:
         other = vectors.of(oracle, POOL, 0, further=4)
     _, _, image = np.linalg.svd(known.centred, full_matrices=False)
@@ -231,6 +231,33 @@ def test_what_a_policy_stops(tmp_path: Path, policy: str) -> None:
             assert cell["note"] in ("refused: no logit bias", "refused: no log-probabilities"), name
 
 
+def test_the_mean_of_many_answers_undoes_noise_unless_it_is_fixed(tmp_path: Path) -> None:
+    once, often, fixed = (
+        played(TopKLogits(repeats=repeats), a_provider(tmp_path, top_k=20, defense=LogprobNoise(0.5, per_repeat=new)))
+        for repeats, new in ((1, True), (100, True), (100, False))
+    )
+    assert often["error"] < once["error"] / 5, "about the root of 100"
+    assert fixed["error"] > once["error"] / 5
+    assert often["queries"] == often["formula"] == 100 * once["queries"]
+    assert often["usd"] == pytest.approx(100 * once["usd"])
+    provider = a_provider(tmp_path, top_k=VOCABULARY, defense=LogprobNoise(0.1))
+    cell = played(HiddenWidth(**MANY, repeats=16), provider)
+    assert (cell["recovered"], cell["error"], cell["queries"]) == (True, 0, 1600), cell
+    provider = a_provider(tmp_path, top_k=5, defense=LogprobNoise(0.1))
+    cell = played(Top1Logits(tokens=20, tolerance=0.1, repeats=16), provider)
+    assert cell["recovered"], cell
+
+
+def test_repeats_without_noise_change_nothing_but_the_price(tmp_path: Path) -> None:
+    for leak, options in ((TopKLogits, {"top_k": 20}), (TopKLogits, {"top_k": VOCABULARY}), (Top1Logits, {"top_k": 1})):
+        found = []
+        for repeats in (1, 70):  # more than are asked for at once
+            with serve_text(a_provider(tmp_path, **options)) as oracle:
+                found.append(leak(tokens=4, prompts=2, repeats=repeats).extract(oracle, POOL, 0))
+        np.testing.assert_allclose(found[1].values, found[0].values, rtol=0, atol=1e-5)
+        assert found[1].formula == 70 * found[0].formula
+
+
 def test_a_budget_ends_an_attack_cleanly(tmp_path: Path) -> None:
     cell = played(TopKLogits(), a_provider(tmp_path, top_k=5, budget=Budget(queries=10)))
     assert (cell["recovered"], cell["queries"], cell["note"]) == (False, 0, "budget: 50 more queries needed, 10 left")
@@ -254,7 +281,9 @@ def test_the_providers_own_failure_is_no_defense(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"prompts": 0}, {"tokens": 1}, {"bias": 0.0}, {"tolerance": -1.0}, {"bias": math.inf}], ids=str
+    "wrong",
+    [{"prompts": 0}, {"tokens": 1}, {"bias": 0.0}, {"tolerance": -1.0}, {"bias": math.inf}, {"repeats": 0}],
+    ids=str,
 )
 def test_options_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(DistillError, match=f"^{next(iter(wrong))} must be"):

@@ -122,6 +122,7 @@ class Spectrum:
         bias: As of `by_top_k`.
         resolution: As of `by_argmax`.
         together: As of `by_argmax`.
+        repeats: Answers to each request that tells log-probabilities, which are averaged.
     """
 
     prompts: int
@@ -129,9 +130,11 @@ class Spectrum:
     bias: float
     resolution: float
     together: int
+    repeats: int
 
     def __post_init__(self) -> None:
-        least = {"prompts": (self.prompts, 3), "tokens": (self.tokens, 3), "together": (self.together, 1)}
+        least = {"prompts": (self.prompts, 3), "tokens": (self.tokens, 3)}
+        least |= {"together": (self.together, 1), "repeats": (self.repeats, 1)}
         check(least, {"resolution": self.resolution, "bias": self.bias - self.resolution})
 
     def of(self, oracle: LanguageOracle, pool: Prompts, seed: int, further: int = 0) -> Vectors:
@@ -147,23 +150,24 @@ class Spectrum:
         told = told_at_once(oracle)
         try:
             if told >= len(oracle.tokenizer):
-                return whole(oracle, prompts, tokens)
+                return whole(oracle, prompts, tokens, self.repeats)
             if told >= 2:
-                return by_top_k(oracle, prompts, tokens, self.bias)
+                return by_top_k(oracle, prompts, tokens, self.bias, self.repeats)
             if told == 1:
-                return by_top_1(oracle, prompts, tokens, self.bias)
+                return by_top_1(oracle, prompts, tokens, self.bias, self.repeats)
         except Withheld:
             if not oracle.profile.logit_bias:
                 raise
         return by_argmax(oracle, prompts, tokens, self.bias, self.resolution, self.together)
 
 
-def whole(oracle: LanguageOracle, prompts: Prompts, tokens: np.ndarray) -> Vectors:
-    """From answers that tell the log-probability of every token."""
-    return Vectors(prompts, tokens, _told(oracle, prompts, tokens, {}), len(prompts))
+def whole(oracle: LanguageOracle, prompts: Prompts, tokens: np.ndarray, repeats: int) -> Vectors:
+    """From answers that tell the log-probability of every token, the mean of `repeats` of them."""
+    _afford(oracle, len(prompts) * repeats)
+    return Vectors(prompts, tokens, _told(oracle, prompts, tokens, {}, repeats), len(prompts) * repeats)
 
 
-def by_top_k(oracle: LanguageOracle, prompts: Prompts, tokens: np.ndarray, bias: float) -> Vectors:
+def by_top_k(oracle: LanguageOracle, prompts: Prompts, tokens: np.ndarray, bias: float, repeats: int) -> Vectors:
     """From the K most probable tokens: K - 1 tokens at a time and a reference R are lifted above all others, and then
     z_i - z_R = y_i - y_R, whatever the bias.
 
@@ -172,19 +176,20 @@ def by_top_k(oracle: LanguageOracle, prompts: Prompts, tokens: np.ndarray, bias:
         prompts: n prompts.
         tokens: (l,) int64; the first is the reference.
         bias: Enough to lift any token above any other; float32 adds it with an error of 2^-24 of it.
+        repeats: Answers to each request, which are averaged.
     """
     at_once = told_at_once(oracle) - 1
-    asks = max(1, math.ceil((len(tokens) - 1) / at_once))
-    _afford(oracle, asks * len(prompts))
+    queries = max(1, math.ceil((len(tokens) - 1) / at_once)) * len(prompts) * repeats
+    _afford(oracle, queries)
     values = np.zeros((len(prompts), len(tokens)))
     for start in range(1, len(tokens), at_once):
         lifted = np.append(tokens[:1], tokens[start : start + at_once])
-        told = _told(oracle, prompts, lifted, dict.fromkeys(lifted.tolist(), bias))
+        told = _told(oracle, prompts, lifted, dict.fromkeys(lifted.tolist(), bias), repeats)
         values[:, start : start + at_once] = told[:, 1:] - told[:, :1]
-    return Vectors(prompts, tokens, values, asks * len(prompts))
+    return Vectors(prompts, tokens, values, queries)
 
 
-def by_top_1(oracle: LanguageOracle, prompts: Prompts, tokens: np.ndarray, most: float) -> Vectors:
+def by_top_1(oracle: LanguageOracle, prompts: Prompts, tokens: np.ndarray, most: float, repeats: int) -> Vectors:
     """From the log-probability of the most probable token alone: under a bias b on token i that makes it that token,
     with probability p', its own logit is logit(p') - b.
 
@@ -196,8 +201,9 @@ def by_top_1(oracle: LanguageOracle, prompts: Prompts, tokens: np.ndarray, most:
         prompts: n prompts.
         tokens: (l,) int64.
         most: The largest bias either way.
+        repeats: Answers to each request, which are averaged.
     """
-    _afford(oracle, len(prompts) * len(tokens))
+    _afford(oracle, len(prompts) * len(tokens) * repeats)
     values = np.empty((len(prompts), len(tokens)))
     guess = np.zeros(len(prompts))
     for column, token in enumerate(tokens.tolist()):
@@ -206,7 +212,7 @@ def by_top_1(oracle: LanguageOracle, prompts: Prompts, tokens: np.ndarray, most:
         while len(left):
             for value in np.unique(bias[left]):
                 rows = left[bias[left] == value]
-                found, y = _first(_ask(oracle, prompts.take(rows), {token: value} if value else {}))
+                found, y = _first(oracle, prompts.take(rows), {token: value} if value else {}, repeats)
                 first, sure = found == token, y > -SURE
                 done = rows[first & ~sure]
                 logit = y[first & ~sure] - np.log(-np.expm1(y[first & ~sure])) - value
@@ -218,7 +224,7 @@ def by_top_1(oracle: LanguageOracle, prompts: Prompts, tokens: np.ndarray, most:
                 left = np.setdiff1d(left, done)
             if len(left) and (high - low)[left].min() < SURE:
                 raise Withheld(f"no bias up to {most:g} makes the log-probability of token {token} tell its logit")
-    return Vectors(prompts, tokens, values, len(prompts) * len(tokens))
+    return Vectors(prompts, tokens, values, len(prompts) * len(tokens) * repeats)
 
 
 def by_argmax(
@@ -291,28 +297,48 @@ def _boxes(
     return (low + high) / 2
 
 
-def _ask(oracle: LanguageOracle, prompts: Prompts, bias: Mapping[int, float]) -> Completions:
-    return oracle.ask(prompts, replace(FIRST_TOKEN, logit_bias=tuple(bias.items()))).completions
+def _ask(oracle: LanguageOracle, prompts: Prompts, bias: Mapping[int, float], samples: int = 1) -> Completions:
+    return oracle.ask(prompts, replace(FIRST_TOKEN, logit_bias=tuple(bias.items())), samples).completions
 
 
-def _told(oracle: LanguageOracle, prompts: Prompts, tokens: np.ndarray, bias: Mapping[int, float]) -> np.ndarray:
+def _told(
+    oracle: LanguageOracle, prompts: Prompts, tokens: np.ndarray, bias: Mapping[int, float], repeats: int
+) -> np.ndarray:
     """(n, l) float64 log-probabilities of these tokens, all of which must be listed."""
-    parts = []
-    for start in range(0, len(prompts), AT_ONCE):
-        ids, logprobs = _listed(_ask(oracle, prompts.take(slice(start, start + AT_ONCE)), bias))
-        every = np.full((len(ids), max(int(ids.max()), int(tokens.max())) + 2), np.nan)  # the last is that of -1
-        np.put_along_axis(every, ids, logprobs.astype(np.float64), axis=1)
-        parts.append(every[:, tokens])
-    told = np.concatenate(parts)
+    told = np.concatenate(
+        [
+            _means(oracle, prompts.take(slice(start, start + AT_ONCE)), bias, repeats)[:, tokens]
+            for start in range(0, len(prompts), AT_ONCE)
+        ]
+    )
     if missing := int(np.isnan(told).any(axis=0).sum()):
         raise Withheld(f"{missing} of {len(tokens)} tokens that were asked about are not told")
     return told
 
 
-def _first(answers: Completions) -> tuple[np.ndarray, np.ndarray]:
+def _first(
+    oracle: LanguageOracle, prompts: Prompts, bias: Mapping[int, float], repeats: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(n,) the most probable token of each answer and (n,) float64 its log-probability."""
-    ids, logprobs = _listed(answers)
-    return ids[:, 0], logprobs[:, 0].astype(np.float64)
+    told = _means(oracle, prompts, bias, repeats)
+    told = np.where(np.isnan(told), -np.inf, told)
+    first = told.argmax(axis=1)
+    return first, told[np.arange(len(told)), first]
+
+
+def _means(oracle: LanguageOracle, prompts: Prompts, bias: Mapping[int, float], repeats: int) -> np.ndarray:
+    """(n, V) float64 log-probabilities at the first position, the means of `repeats` answers to each prompt; NaN for
+    tokens that are not listed in each of them."""
+    total = np.zeros((len(prompts), len(oracle.tokenizer)))
+    for start in range(0, repeats, at_once := max(1, AT_ONCE // len(prompts))):
+        samples = min(at_once, repeats - start)
+        ids, logprobs = _listed(_ask(oracle, prompts, bias, samples))
+        for sample in range(samples):
+            # A model may have more tokens than its tokenizer; the last column is that of -1.
+            told = np.full((len(total), max(total.shape[1], int(ids.max()) + 1) + 1), np.nan)
+            np.put_along_axis(told, ids[sample::samples], logprobs[sample::samples].astype(np.float64), axis=1)
+            total += told[:, : total.shape[1]]
+    return total / repeats
 
 
 def _listed(answers: Completions) -> tuple[np.ndarray, np.ndarray]:

@@ -26,6 +26,7 @@ class HiddenWidth:
         bias: The largest bias.
         resolution: How well a logit is to be known where there is text alone, in nats.
         together: How many tokens are biased at once where there is text alone.
+        repeats: As of `top_k_logits`.
 
     Raises:
         DistillError: A number is out of its range.
@@ -38,8 +39,9 @@ class HiddenWidth:
         bias: float = 40.0,
         resolution: float = 0.001,
         together: int = 8,
+        repeats: int = 1,
     ) -> None:
-        self._asked = Spectrum(prompts, tokens, bias, resolution, together)
+        self._asked = Spectrum(prompts, tokens, bias, resolution, together, repeats)
 
     def refusal(self, oracle: LanguageOracle) -> str:
         return _vectors.refusal(oracle, least_told=0)

@@ -27,6 +27,7 @@ class ModelImage:
         bias: The largest bias.
         resolution: How well a logit is to be known where there is text alone, in nats.
         together: How many tokens are biased at once where there is text alone.
+        repeats: As of `top_k_logits`.
         held_out: How many further prompts.
         update: Size of the change that is to be seen.
         factor: By how much it is to stand out.
@@ -42,12 +43,13 @@ class ModelImage:
         bias: float = 40.0,
         resolution: float = 0.001,
         together: int = 8,
+        repeats: int = 1,
         held_out: int = 4,
         update: float = 0.01,
         factor: float = 10.0,
     ) -> None:
         _vectors.check({"held_out": (held_out, 1)}, {"update": update, "factor": factor})
-        self._asked = Spectrum(prompts, tokens, bias, resolution, together)
+        self._asked = Spectrum(prompts, tokens, bias, resolution, together, repeats)
         self.held_out, self.update, self.factor = held_out, update, factor
 
     def refusal(self, oracle: LanguageOracle) -> str:

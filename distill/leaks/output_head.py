@@ -25,6 +25,7 @@ class OutputHead:
         bias: The largest bias.
         resolution: How well a logit is to be known where there is text alone, in nats.
         together: How many tokens are biased at once where there is text alone.
+        repeats: As of `top_k_logits`.
         tolerance: The largest share of the norm that is left.
 
     Raises:
@@ -38,10 +39,11 @@ class OutputHead:
         bias: float = 40.0,
         resolution: float = 0.001,
         together: int = 8,
+        repeats: int = 1,
         tolerance: float = 0.01,
     ) -> None:
         _vectors.check({}, {"tolerance": tolerance})
-        self._asked, self.tolerance = Spectrum(prompts, tokens, bias, resolution, together), tolerance
+        self._asked, self.tolerance = Spectrum(prompts, tokens, bias, resolution, together, repeats), tolerance
 
     def refusal(self, oracle: LanguageOracle) -> str:
         return _vectors.refusal(oracle, least_told=0)

@@ -21,23 +21,32 @@ class Top1Logits:
         tokens: How many tokens; None for all that there are.
         bias: The largest bias that is tried, either way.
         tolerance: In nats.
+        repeats: As of `top_k_logits`.
 
     Raises:
         DistillError: A number is out of its range.
     """
 
     def __init__(
-        self, prompts: int = 1, tokens: int | None = None, bias: float = 40.0, tolerance: float = 0.001
+        self,
+        prompts: int = 1,
+        tokens: int | None = None,
+        bias: float = 40.0,
+        tolerance: float = 0.001,
+        repeats: int = 1,
     ) -> None:
-        _vectors.check({"prompts": (prompts, 1), "tokens": (tokens, 2)}, {"bias": bias, "tolerance": tolerance})
-        self.prompts, self.tokens, self.bias, self.tolerance = prompts, tokens, bias, tolerance
+        least = {"prompts": (prompts, 1), "tokens": (tokens, 2), "repeats": (repeats, 1)}
+        _vectors.check(least, {"bias": bias, "tolerance": tolerance})
+        self.prompts, self.tokens, self.repeats = prompts, tokens, repeats
+        self.bias, self.tolerance = bias, tolerance
 
     def refusal(self, oracle: LanguageOracle) -> str:
         return _vectors.refusal(oracle, least_told=1) or _vectors.bias_refusal(oracle)
 
     def extract(self, oracle: LanguageOracle, pool: Prompts, seed: int) -> Vectors:
         prompts = _vectors.chosen_prompts(pool, self.prompts, seed)
-        return _vectors.by_top_1(oracle, prompts, _vectors.chosen_tokens(oracle, self.tokens, seed), self.bias)
+        tokens = _vectors.chosen_tokens(oracle, self.tokens, seed)
+        return _vectors.by_top_1(oracle, prompts, tokens, self.bias, self.repeats)
 
     def judge(self, found: Vectors, inside: Inside | None) -> Verdict:
         return _vectors.verdict_on_logits(found, inside, self.tolerance)

@@ -21,16 +21,25 @@ class TopKLogits:
         tokens: How many tokens; None for all that there are.
         bias: Enough to lift any token above any other.
         tolerance: In nats.
+        repeats: Answers to each request, whose mean is taken: where each draws noise of its own, the error falls with
+            the root of their number, and the price rises with it.
 
     Raises:
         DistillError: A number is out of its range.
     """
 
     def __init__(
-        self, prompts: int = 1, tokens: int | None = None, bias: float = 40.0, tolerance: float = 0.001
+        self,
+        prompts: int = 1,
+        tokens: int | None = None,
+        bias: float = 40.0,
+        tolerance: float = 0.001,
+        repeats: int = 1,
     ) -> None:
-        _vectors.check({"prompts": (prompts, 1), "tokens": (tokens, 2)}, {"bias": bias, "tolerance": tolerance})
-        self.prompts, self.tokens, self.bias, self.tolerance = prompts, tokens, bias, tolerance
+        least = {"prompts": (prompts, 1), "tokens": (tokens, 2), "repeats": (repeats, 1)}
+        _vectors.check(least, {"bias": bias, "tolerance": tolerance})
+        self.prompts, self.tokens, self.repeats = prompts, tokens, repeats
+        self.bias, self.tolerance = bias, tolerance
 
     def refusal(self, oracle: LanguageOracle) -> str:
         return _vectors.refusal(oracle, least_told=2)
@@ -39,8 +48,8 @@ class TopKLogits:
         prompts = _vectors.chosen_prompts(pool, self.prompts, seed)
         tokens = _vectors.chosen_tokens(oracle, self.tokens, seed)
         if _vectors.told_at_once(oracle) >= len(oracle.tokenizer):
-            return _vectors.whole(oracle, prompts, tokens)
-        return _vectors.by_top_k(oracle, prompts, tokens, self.bias)
+            return _vectors.whole(oracle, prompts, tokens, self.repeats)
+        return _vectors.by_top_k(oracle, prompts, tokens, self.bias, self.repeats)
 
     def judge(self, found: Vectors, inside: Inside | None) -> Verdict:
         return _vectors.verdict_on_logits(found, inside, self.tolerance)
