@@ -213,10 +213,11 @@ class LanguageStudents:
             directory: Where the checkpoint lies while this runs.
             oracle: Scores the student's own text, where it learns from that.
         """
-        knowledge = self.knowledge
+        started, knowledge = time.monotonic(), self.knowledge
         if self.curation.knows == "own labelled examples":
             knowledge = {"own": self.own(synthetic), "student": Apprentice(self, self.seed)}
         curated = self.curation.curate(synthetic, knowledge)
+        seconds = time.monotonic() - started
         signal = signal_of(curated)
         if self.own_examples:
             curated = curated.followed_by(self.own(synthetic))
@@ -236,6 +237,7 @@ class LanguageStudents:
             directory=directory,
         )
         history["dropped"] = curated.dropped
+        history["recovery_seconds"] = seconds
         if isinstance(signal, StoredSignal):
             history["signal"] = signal.cache.summary()
         trained = TrainedLanguageModel(network, self.student.tokenizer(self.tokenizer), history)

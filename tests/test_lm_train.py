@@ -50,6 +50,7 @@ def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
     assert set(result["accuracy"]) == {"teacher", "defended_teacher", "student", "untrained"}
     assert result["cost"]["queries"] == 40
     assert result["cost"]["tokens_out"] > 40
+    assert 0 < result["cost"]["recovery_seconds"] < result["cost"]["seconds"]
     assert set(result["fidelity"]) >= {"agreement", "kl", "acceptance", "rouge_l", "student_text_kl"}
     assert 0 <= result["fidelity"]["acceptance"] <= 1
     assert result["training"]["packing"]["examples"] == 40
