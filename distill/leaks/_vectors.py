@@ -330,7 +330,8 @@ def _means(oracle: LanguageOracle, prompts: Prompts, bias: Mapping[int, float], 
     """(n, V) float64 log-probabilities at the first position, the means of `repeats` answers to each prompt; NaN for
     tokens that are not listed in each of them."""
     total = np.zeros((len(prompts), len(oracle.tokenizer)))
-    for start in range(0, repeats, at_once := max(1, AT_ONCE // len(prompts))):
+    at_once = max(1, AT_ONCE // len(prompts))
+    for start in range(0, repeats, at_once):
         samples = min(at_once, repeats - start)
         ids, logprobs = _listed(_ask(oracle, prompts, bias, samples))
         for sample in range(samples):
